@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The registry of handlers: what users decorate functions with. It knows nothing of libmilter."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    NotRequired,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    overload,
+)
+
+from milter.context import Context, EomContext, NegotiateContext
+from milter.envelope import Address, ClientAddress, Params
+from milter.errors import RegistrationError
+from milter.protocol import MACRO_LISTS, Actions, Stage, macro_name
+from milter.verdict import Reply, Status, Verdict
+
+if TYPE_CHECKING:
+    from milter.server import RunOptions, Server
+
+__all__ = ["Milter"]
+
+S = TypeVar("S")
+T = TypeVar("T")
+H = TypeVar("H", bound=Callable[..., Any])
+
+OnError: TypeAlias = Status | Reply | Literal["shutdown"]
+
+# What a handler gets after its context; shown in the message about a wrong signature.
+PARAMETERS: dict[Stage, tuple[str, ...]] = {
+    Stage.NEGOTIATE: (),
+    Stage.CONNECT: ("hostname: str", "address: ClientAddress"),
+    Stage.HELO: ("name: str",),
+    Stage.MAIL: ("sender: Address", "params: Params"),
+    Stage.RCPT: ("recipient: Address", "params: Params"),
+    Stage.DATA: (),
+    Stage.HEADER: ("name: str", "value: str"),
+    Stage.EOH: (),
+    Stage.BODY: ("chunk: bytes",),
+    Stage.EOM: (),
+    Stage.UNKNOWN: ("command: str",),
+    Stage.ABORT: (),
+    Stage.CLOSE: (),
+}
+CONTEXTS = {Stage.NEGOTIATE: "NegotiateContext", Stage.EOM: "EomContext"}
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """A registered function."""
+
+    function: Callable[..., Verdict]
+    observes: bool
+    """It is annotated ``-> None``: a promise never to reply."""
+    macros: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return _name(self.function)
+
+
+class Register(Generic[H]):
+    """A decorator of one stage: ``@app.on_helo``, or ``@app.on_helo(macros=["{tls_version}"])``."""
+
+    __slots__ = ("_app", "_stage")
+
+    def __init__(self, app: "Milter[Any, Any]", stage: Stage) -> None:
+        self._app = app
+        self._stage = stage
+
+    @overload
+    def __call__(self, handler: H, /) -> H: ...
+    @overload
+    def __call__(self, *, macros: Iterable[str] = ()) -> Callable[[H], H]: ...
+
+    def __call__(self, handler: H | None = None, *, macros: Iterable[str] = ()) -> H | Callable[[H], H]:
+        names = _checked_macros(self._stage, macros)
+        if handler is None:
+            return lambda function: self._register(function, names)
+        return self._register(handler, names)
+
+    def _register(self, function: H, macros: tuple[str, ...]) -> H:
+        signature = _checked_signature(self._stage, function)
+        observes = signature.return_annotation in (None, type(None), "None")
+        self._app.handlers[self._stage].append(Handler(function, observes, macros))
+        return function
+
+
+class Hook:
+    """A decorator of the process's beginning or end."""
+
+    __slots__ = ("_functions", "_name")
+
+    def __init__(self, name: str, functions: list[Callable[[], object]]) -> None:
+        self._name = name
+        self._functions = functions
+
+    def __call__(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        _checked_call(function, [], f"def {self._name}() -> None")
+        self._functions.append(function)
+        return function
+
+
+class Options(TypedDict):
+    """The keyword arguments of :class:`Milter` besides the factories."""
+
+    on_error: NotRequired[OnError]
+    actions: NotRequired[Actions]
+    requires: NotRequired[Actions]
+    leading_space: NotRequired[bool]
+    rejected_recipients: NotRequired[bool]
+
+
+class Milter(Generic[S, T]):
+    """A mail filter: a name, some policy, and the functions that were decorated.
+
+    Arguments:
+        name: what libmilter calls the filter in the system's log.
+        session: makes your state of an SMTP session, ``ctx.session``: a class without arguments, say a
+            dataclass. Without one it is an empty ``types.SimpleNamespace``.
+        transaction: the same for a message, ``ctx.transaction``.
+        on_error: what the MTA is told when a handler raises. ``Status.TEMPFAIL``: the client shall try
+            again. ``"shutdown"``: besides, the filter stops, and :meth:`run` raises
+            :class:`HandlerError <milter.HandlerError>`.
+        actions: the most that the filter will ask to be allowed; by default all that the MTA offers.
+        requires: without these the filter refuses to work for an MTA, which then does what its
+            configuration says of a filter that fails.
+        leading_space: header values come and go with the space after the colon, byte for byte, as a
+            filter that signs needs it; only where the MTA can do that (``ctx.options``).
+        rejected_recipients: show ``on_rcpt`` the recipients too that Postfix refuses itself; such a
+            one has the macro ``{rcpt_mailer}`` of ``error``. They are not in ``ctx.recipients``.
+
+    Handlers of a stage run in the order of their registration, until one gives a verdict other than
+    ``CONTINUE``. A handler annotated ``-> None`` promises never to reply: when all handlers of a
+    stage do, the MTA does not wait there for the filter.
+
+    >>> app = Milter("guard")
+    >>> @app.on_rcpt
+    ... def no_relay(ctx: Context, recipient: str, params: Params) -> Status | Reply:
+    ...     if recipient.endswith("@example.net"):
+    ...         return Reply(550, "5.7.1", "not for you")
+    ...     return Status.CONTINUE
+    >>> [handler.name for handler in app.handlers[Stage.RCPT]]
+    ['no_relay']
+    """
+
+    @overload
+    def __init__(self: "Milter[Any, Any]", name: str = "milter", **options: Unpack[Options]) -> None: ...
+    @overload
+    def __init__(
+        self: "Milter[S, Any]", name: str = "milter", *, session: Callable[[], S], **options: Unpack[Options]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "Milter[Any, T]",
+        name: str = "milter",
+        *,
+        transaction: Callable[[], T],
+        **options: Unpack[Options],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "Milter[S, T]",
+        name: str = "milter",
+        *,
+        session: Callable[[], S],
+        transaction: Callable[[], T],
+        **options: Unpack[Options],
+    ) -> None: ...
+
+    def __init__(
+        self,
+        name: str = "milter",
+        *,
+        session: Callable[[], Any] | None = None,
+        transaction: Callable[[], Any] | None = None,
+        on_error: OnError = Status.TEMPFAIL,
+        actions: Actions = Actions.ALL,
+        requires: Actions = Actions.NONE,
+        leading_space: bool = False,
+        rejected_recipients: bool = False,
+    ) -> None:
+        if not name or "\0" in name:
+            raise ValueError(f"{name!r} cannot be the name of a filter")
+        self.name = name
+        self.new_session = session
+        self.new_transaction = transaction
+        self.on_error = _checked_on_error(on_error)
+        self.actions = Actions(actions)
+        self.requires = Actions(requires)
+        if self.requires & ~self.actions:
+            raise ValueError(f"{self.requires & ~self.actions!r} is required, but not among the actions")
+        self.leading_space = leading_space
+        self.rejected_recipients = rejected_recipients
+        self.handlers: dict[Stage, list[Handler]] = {stage: [] for stage in Stage}
+        self.start_hooks: list[Callable[[], object]] = []
+        self.stop_hooks: list[Callable[[], object]] = []
+
+    def include(self, other: "Milter[Any, Any]") -> None:
+        """Add the handlers and hooks of another filter, after those that are here already.
+
+        The policy (name, ``on_error``, actions, factories) stays that of this filter.
+        """
+        if other is self:
+            raise ValueError("a filter cannot include itself")
+        for stage, handlers in other.handlers.items():
+            self.handlers[stage].extend(handlers)
+        self.start_hooks.extend(other.start_hooks)
+        self.stop_hooks.extend(other.stop_hooks)
+
+    # ---- The stages ------------------------------------------------------------------------
+
+    @property
+    def on_negotiate(self) -> Register[Callable[[NegotiateContext], None]]:
+        """At the start of a connection: what the MTA offers (``xxfi_negotiate``)."""
+        return Register(self, Stage.NEGOTIATE)
+
+    @property
+    def on_connect(self) -> Register[Callable[[Context[S, T], str, ClientAddress], Verdict]]:
+        """A client connected: its name and address (``xxfi_connect``).
+
+        ``ACCEPT`` lets the whole connection pass without the filter; ``REJECT`` and ``TEMPFAIL``
+        refuse it.
+        """
+        return Register(self, Stage.CONNECT)
+
+    @property
+    def on_helo(self) -> Register[Callable[[Context[S, T], str], Verdict]]:
+        """HELO or EHLO, with the client's name (``xxfi_helo``): never, once, or again after STARTTLS."""
+        return Register(self, Stage.HELO)
+
+    @property
+    def on_mail(self) -> Register[Callable[[Context[S, T], Address, Params], Verdict]]:
+        """MAIL: the sender and its ESMTP parameters (``xxfi_envfrom``). A mail transaction begins."""
+        return Register(self, Stage.MAIL)
+
+    @property
+    def on_rcpt(self) -> Register[Callable[[Context[S, T], Address, Params], Verdict]]:
+        """RCPT: a recipient and its ESMTP parameters (``xxfi_envrcpt``).
+
+        ``REJECT`` and ``TEMPFAIL`` concern this recipient alone; ``ACCEPT`` and ``DISCARD`` the message.
+        """
+        return Register(self, Stage.RCPT)
+
+    @property
+    def on_data(self) -> Register[Callable[[Context[S, T]], Verdict]]:
+        """The DATA command (``xxfi_data``)."""
+        return Register(self, Stage.DATA)
+
+    @property
+    def on_header(self) -> Register[Callable[[Context[S, T], str, str], Verdict]]:
+        """A header field: name, and value with its folds as LF and white space (``xxfi_header``).
+
+        ``SKIP`` ends the calls of this handler for this message.
+        """
+        return Register(self, Stage.HEADER)
+
+    @property
+    def on_eoh(self) -> Register[Callable[[Context[S, T]], Verdict]]:
+        """The end of the header (``xxfi_eoh``)."""
+        return Register(self, Stage.EOH)
+
+    @property
+    def on_body(self) -> Register[Callable[[Context[S, T], bytes], Verdict]]:
+        """A piece of the body, up to 65,535 bytes, cut anywhere (``xxfi_body``). No call for an empty body.
+
+        ``SKIP`` ends the calls of this handler for this message; once all handlers have skipped,
+        the MTA need not send the rest.
+        """
+        return Register(self, Stage.BODY)
+
+    @property
+    def on_eom(self) -> Register[Callable[[EomContext[S, T]], Verdict]]:
+        """The end of the message, where it can be changed (``xxfi_eom``)."""
+        return Register(self, Stage.EOM)
+
+    @property
+    def on_unknown(self) -> Register[Callable[[Context[S, T], str], Verdict]]:
+        """An SMTP command that the MTA does not know (``xxfi_unknown``); it is refused in any case.
+
+        ``REJECT``, ``TEMPFAIL`` or a ``Reply`` change how. Postfix tells the verb, Sendmail the line.
+        """
+        return Register(self, Stage.UNKNOWN)
+
+    @property
+    def on_abort(self) -> Register[Callable[[Context[S, T]], None]]:
+        """The message was given up by the client or the MTA (``xxfi_abort``).
+
+        Once for each message that was begun and not decided by this filter; never after ``on_eom``.
+        """
+        return Register(self, Stage.ABORT)
+
+    @property
+    def on_close(self) -> Register[Callable[[Context[S, T]], None]]:
+        """The connection ends (``xxfi_close``). Always called; may be the only call of all."""
+        return Register(self, Stage.CLOSE)
+
+    @property
+    def on_start(self) -> Hook:
+        """Before the process serves: open what handlers share, say a database pool. No context."""
+        return Hook("on_start", self.start_hooks)
+
+    @property
+    def on_stop(self) -> Hook:
+        """After the process has served. No context."""
+        return Hook("on_stop", self.stop_hooks)
+
+    # ---- Running ---------------------------------------------------------------------------
+
+    def run(self, socket: str | None = None, **options: "Unpack[RunOptions]") -> None:
+        """Serve until the process is told to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP or :meth:`Server.stop`.
+
+        Arguments:
+            socket: where to listen, see :mod:`milter.listener`: ``inet:port@host``, ``unix:path``, …
+            options: see :class:`milter.server.RunOptions`.
+
+        Raises :class:`SocketError <milter.SocketError>` when the socket cannot be had, and
+        :class:`HandlerError <milter.HandlerError>` for ``on_error="shutdown"``. Only in the main thread,
+        which gets the signals; elsewhere use :meth:`start`.
+        """
+        from milter import server
+
+        server.run(self, socket, **options)
+
+    def start(self, socket: str | None = None, **options: "Unpack[RunOptions]") -> "Server":
+        """Serve in the background: a context manager that stops at its end. For embedding and tests.
+
+        ::
+
+            with app.start("unix:/tmp/filter.sock") as server:
+                print(server.socket)
+        """
+        from milter import server
+
+        return server.Server(self, socket, **options).start()
+
+
+def _checked_signature(stage: Stage, function: Callable[..., Any]) -> inspect.Signature:
+    context = CONTEXTS.get(stage, "Context")
+    parameters = ", ".join([f"ctx: {context}", *PARAMETERS[stage]])
+    result = "None" if stage in (Stage.NEGOTIATE, Stage.ABORT, Stage.CLOSE) else "Status | Reply | None"
+    right = f"def {stage.decorator}({parameters}) -> {result}"
+    return _checked_call(function, [None] * (1 + len(PARAMETERS[stage])), right)
+
+
+def _checked_call(function: Callable[..., Any], arguments: list[None], right: str) -> inspect.Signature:
+    if not callable(function):
+        raise RegistrationError(f"a handler must be a function, not {function!r}; write: {right}")
+    if inspect.iscoroutinefunction(function):
+        raise RegistrationError(
+            f"{_name(function)} is a coroutine function, and this version calls plain functions only; write: {right}"
+        )
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*arguments)
+    except TypeError as mismatch:
+        raise RegistrationError(
+            f"{_name(function)}{signature} cannot be called with {len(arguments)} arguments ({mismatch}); "
+            f"write: {right}"
+        ) from None
+    return signature
+
+
+def _checked_macros(stage: Stage, macros: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(macros, str):
+        raise RegistrationError(f'macros must be a list of names, not a str: macros=["{macros}"]')
+    names = tuple(map(macro_name, macros))
+    if names and stage not in MACRO_LISTS:
+        raise RegistrationError(f"{stage.decorator} has no option macros: the MTAs send none for this stage")
+    return names
+
+
+def _checked_on_error(on_error: OnError) -> OnError:
+    if on_error == "shutdown" or isinstance(on_error, Reply):
+        return on_error
+    if on_error in (Status.DISCARD, Status.SKIP):
+        raise ValueError(f"on_error={on_error} would lose mail whenever a handler raises")
+    if isinstance(on_error, Status):
+        return on_error
+    raise ValueError(f'on_error must be a Status, a Reply or "shutdown", not {on_error!r}')
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", None) or repr(function)

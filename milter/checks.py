@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Checks of what handlers send to the MTA, before anything is sent.
+
+libmilter takes C strings: a NUL cuts them short without a word, and a line end in a header's
+value would begin another header. Each function returns the bytes to send, or raises
+``ValueError`` (``TypeError`` for another type) with what is wrong.
+"""
+
+import re
+from collections.abc import Iterable
+
+from milter.envelope import Address
+from milter.protocol import MACRO_LISTS, MacroList, Stage
+
+# RFC 5322, section 3.6.8: printable ASCII without the colon.
+_HEADER_NAME = re.compile(r"[!-9;-~]+", re.ASCII)
+_LINE_END_WITHOUT_FOLD = re.compile(r"\n(?![ \t])")
+_MAX_INDEX = 0x7FFFFFFF
+
+
+def header_name(name: str) -> bytes:
+    _require_text(name, "the name of a header field")
+    if not _HEADER_NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r} cannot be the name of a header field: it takes printable ASCII characters "
+            "without space and colon (RFC 5322)"
+        )
+    return name.encode("ascii")
+
+
+def header_value(value: str) -> bytes:
+    _require_text(value, "the value of a header field")
+    _refuse_nul(value, "the value of a header field")
+    # The MTAs end lines themselves; a CR of ours would come out beside theirs.
+    unified = value.replace("\r\n", "\n")
+    if "\r" in unified:
+        raise ValueError(f"the value of a header field contains a CR without LF: {value!r}")
+    if _LINE_END_WITHOUT_FOLD.search(unified):
+        raise ValueError(
+            f"a line end in the value of a header field must be followed by a space or tab, or it would "
+            f"begin another field: {value!r}"
+        )
+    return _encode(unified)
+
+
+def index(number: int, *, lowest: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"the index of a header field must be an int, not {number!r}")
+    if not lowest <= number <= _MAX_INDEX:
+        raise ValueError(f"the index of a header field must be {lowest} or more, and fit in 31 bits: {number}")
+
+
+def sender(address: str) -> bytes:
+    """In angle brackets, the form that both MTAs take; ``<>`` for the null sender."""
+    return _encode(f"<{_bare(address)}>")
+
+
+def recipient(address: str) -> bytes:
+    """In angle brackets, the form that both MTAs take."""
+    bare = _bare(address)
+    if not bare:
+        raise ValueError("the address of a recipient is empty")
+    return _encode(f"<{bare}>")
+
+
+def known_recipient(address: Address) -> bytes:
+    """As the client wrote it, which is what Sendmail compares."""
+    return _encode(address.raw)
+
+
+def parameters(text: str | None) -> bytes | None:
+    if text is None:
+        return None
+    _require_text(text, "the ESMTP parameters")
+    _refuse_line_ends(text, "the ESMTP parameters")
+    return _encode(text)
+
+
+def reason(text: str) -> bytes:
+    _require_text(text, "the reason of a quarantine")
+    _refuse_line_ends(text, "the reason of a quarantine")
+    if not text:
+        raise ValueError("the reason of a quarantine is empty")
+    return _encode(text)
+
+
+def body_parts(body: bytes | Iterable[bytes]) -> Iterable[bytes]:
+    """The parts of a new body, at least one (an empty part makes an empty body)."""
+    if isinstance(body, str):
+        raise TypeError("the body must be bytes, not str: encode it first")
+    if isinstance(body, bytes | bytearray | memoryview):
+        yield bytes(body)
+        return
+    empty = True
+    for part in body:
+        if not isinstance(part, bytes | bytearray | memoryview):
+            raise TypeError(f"each part of the body must be bytes, not {type(part).__name__}")
+        if part or empty:
+            yield bytes(part)
+        empty = False
+    if empty:
+        yield b""
+
+
+def macro_list(stage: Stage) -> MacroList:
+    try:
+        return MACRO_LISTS[stage]
+    except KeyError:
+        raise ValueError(f"no macros can be asked for at {stage.decorator}: the MTAs have no list for it") from None
+
+
+def _bare(address: str) -> str:
+    _require_text(address, "an address")
+    _refuse_line_ends(address, "an address")
+    bare = address[1:-1] if address.startswith("<") and address.endswith(">") else address
+    if "<" in bare or ">" in bare:
+        raise ValueError(f"give the bare address, without a display name: {address!r}")
+    return bare
+
+
+def _require_text(text: object, what: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{what} must be a str, not {type(text).__name__}")
+
+
+def _refuse_nul(text: str, what: str) -> None:
+    if "\0" in text:
+        raise ValueError(f"{what} contains NUL, where it would be cut: {text!r}")
+
+
+def _refuse_line_ends(text: str, what: str) -> None:
+    _refuse_nul(text, what)
+    if "\r" in text or "\n" in text:
+        raise ValueError(f"{what} contains a line end: {text!r}")
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")

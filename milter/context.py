@@ -1,0 +1,463 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What handlers hold in their hands: the conversation so far, and what can be done about it.
+
+A context is made for one call of the handlers of a stage and expires with it; the
+:class:`Conversation` behind it lives as long as the connection. How the requests of a
+context reach libmilter is the engine's business: it gives each context a :class:`Call`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
+
+from milter import checks
+from milter.envelope import Address, ClientAddress
+from milter.errors import ActionError, ContextError, StageError
+from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, macro_name
+
+__all__ = ["Context", "EomContext", "NegotiateContext"]
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+class Call(Protocol):
+    """What the engine does for a context, as long as the call of its handlers lasts.
+
+    Each method raises :class:`ContextError` afterwards; the actions raise :class:`ActionError`
+    when they were not sent.
+    """
+
+    @property
+    def stage(self) -> Stage: ...
+    def macro(self, name: bytes) -> bytes | None: ...
+    def macro_names(self) -> tuple[str, ...]: ...
+    def granted(self) -> tuple[Actions, ProtocolOptions]: ...
+    def add_header(self, name: bytes, value: bytes) -> None: ...
+    def insert_header(self, index: int, name: bytes, value: bytes) -> None: ...
+    def change_header(self, name: bytes, index: int, value: bytes | None) -> None: ...
+    def change_sender(self, address: bytes, parameters: bytes | None) -> None: ...
+    def add_recipient(self, address: bytes, parameters: bytes | None) -> None: ...
+    def remove_recipient(self, address: bytes) -> None: ...
+    def send_body(self, data: bytes) -> None: ...
+    def quarantine(self, reason: bytes) -> None: ...
+    def progress(self) -> None: ...
+
+
+class Transaction:
+    """One mail transaction (RFC 5321, section 3.3): from MAIL to the message's end."""
+
+    __slots__ = ("body_failure", "body_replaced", "recipients", "sender", "state")
+
+    def __init__(self, sender: Address) -> None:
+        self.sender = sender
+        self.recipients: list[Address] = []
+        self.state: Any = None
+        self.body_replaced = False
+        self.body_failure: BaseException | None = None
+
+
+class Conversation:
+    """What is known of one connection; written by the engine, read through contexts."""
+
+    __slots__ = (
+        "_new_session",
+        "_new_transaction",
+        "address",
+        "helo",
+        "hostname",
+        "id",
+        "state",
+        "transaction",
+    )
+
+    def __init__(
+        self, number: int, new_session: Callable[[], Any] | None, new_transaction: Callable[[], Any] | None
+    ) -> None:
+        self.id = number
+        self.hostname: str | None = None
+        self.address: ClientAddress = None
+        self.helo: str | None = None
+        self.transaction: Transaction | None = None
+        self.state: Any = None
+        self._new_session = new_session or SimpleNamespace
+        self._new_transaction = new_transaction or SimpleNamespace
+
+    def session_state(self) -> Any:
+        if self.state is None:
+            self.state = self._new_session()
+        return self.state
+
+    def transaction_state(self, transaction: Transaction) -> Any:
+        if transaction.state is None:
+            transaction.state = self._new_transaction()
+        return transaction.state
+
+
+class Macros(Mapping[str, str]):
+    """The macros that the MTA has sent so far: ``ctx.macros["{auth_authen}"]``, ``ctx.macros.get("i")``.
+
+    Braces may be left out. A macro stays visible until the MTA sends the macros of the same or an
+    earlier stage again (libmilter's page of ``smfi_getsymval``). Which ones an MTA sends is its
+    configuration; the option ``macros=[…]`` of a decorator asks for more.
+
+    libmilter cannot list them: iterating tries the names that this library knows and those asked for.
+    """
+
+    __slots__ = ("_context",)
+
+    def __init__(self, context: "_View") -> None:
+        self._context = context
+
+    def __getitem__(self, name: str) -> str:
+        value = self._context._call.macro(macro_name(name).encode("utf-8", "surrogateescape"))
+        if value is None:
+            raise KeyError(name)
+        return value.decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._context._call.macro_names() if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return f"Macros({dict(self)!r})"
+
+
+class _Expired:
+    """Stands in for the call once it is over: whatever is asked, the answer is the same exception."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ContextError(
+            "this context is no longer valid: it was used after its handler had returned. "
+            "Keep what you need in ctx.session or ctx.transaction, or copy it while the handler runs"
+        )
+
+
+_EXPIRED: Any = _Expired()
+
+
+class _WrongStage(StageError, AttributeError):
+    """So that ``hasattr`` answers instead of raising."""
+
+
+class _View:
+    """A conversation and the call that may ask about it, until the engine calls :func:`expire`."""
+
+    __slots__ = ("_call", "_conversation")
+
+    def __init__(self, conversation: Conversation, call: Call) -> None:
+        self._conversation: Conversation = conversation
+        self._call: Call = call
+
+    @property
+    def id(self) -> int:
+        """The number of this connection in this process, for logs. Never used twice."""
+        return self._conversation.id
+
+
+def expire(context: _View) -> None:
+    """By the engine, when the handlers have returned."""
+    context._conversation = context._call = _EXPIRED
+
+
+class Context(_View, Generic[S, T]):
+    """The first argument of a handler: the conversation so far.
+
+    Valid only while the handler runs; afterwards each use raises :class:`ContextError`, in any
+    thread. Text is decoded as UTF-8 with ``surrogateescape``: nothing is lost, nothing raises.
+
+    Handlers find it under ``ctx``::
+
+        @app.on_rcpt
+        def on_rcpt(ctx: Context, recipient: str, params: Params) -> Status:
+            print(ctx.hostname, ctx.helo, ctx.sender, recipient)
+            return Status.CONTINUE
+    """
+
+    __slots__ = ()
+
+    @property
+    def hostname(self) -> str | None:
+        """The client's name as the MTA found it, ``[192.0.2.1]`` if it found none; None before connect."""
+        return self._conversation.hostname
+
+    @property
+    def address(self) -> ClientAddress:
+        """The client's address; None when the MTA does not know it."""
+        return self._conversation.address
+
+    @property
+    def helo(self) -> str | None:
+        """The name in the client's last HELO or EHLO; None when it gave none."""
+        return self._conversation.helo
+
+    @property
+    def sender(self) -> Address | None:
+        """The sender of the message under way, without brackets; None outside a mail transaction."""
+        transaction = self._conversation.transaction
+        return transaction.sender if transaction is not None else None
+
+    @property
+    def recipients(self) -> tuple[Address, ...]:
+        """The recipients that were accepted so far (in ``on_rcpt``: before this one)."""
+        transaction = self._conversation.transaction
+        return tuple(transaction.recipients) if transaction is not None else ()
+
+    @property
+    def macros(self) -> Mapping[str, str]:
+        """The MTA's macros, see :class:`Macros`."""
+        return Macros(self)
+
+    @property
+    def queue_id(self) -> str | None:
+        """The MTA's queue id (macro ``i``). Postfix knows it from the second recipient or DATA on."""
+        return self.macros.get("i")
+
+    @property
+    def session(self) -> S:
+        """Your own state of this SMTP session: made by ``Milter(session=…)`` at its first use, dropped at close."""
+        state: S = self._conversation.session_state()
+        return state
+
+    @property
+    def transaction(self) -> T:
+        """Your own state of this message: made by ``Milter(transaction=…)`` at its first use, dropped at its end.
+
+        Raises :class:`StageError` outside a mail transaction.
+        """
+        transaction = self._conversation.transaction
+        if transaction is None:
+            raise StageError(
+                "there is no mail transaction here, so ctx.transaction does not exist: it begins at on_mail; "
+                "state of the whole connection belongs into ctx.session"
+            )
+        state: T = self._conversation.transaction_state(transaction)
+        return state
+
+    @property
+    def actions(self) -> Actions:
+        """What the MTA granted this filter to do at the end of a message."""
+        return self._call.granted()[0]
+
+    @property
+    def options(self) -> ProtocolOptions:
+        """What was agreed with the MTA about the protocol."""
+        return self._call.granted()[1]
+
+    if not TYPE_CHECKING:  # or every misspelt attribute would pass the type checkers
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name in _ACTIONS:
+                stage = self._call.stage.decorator
+                raise _WrongStage(f"{name}() is possible only at the end of the message, in on_eom, not in {stage}")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class EomContext(Context[S, T]):
+    """The context at the end of a message, where the message can be changed.
+
+    Changes take effect only when the message is accepted. The MTA never tells whether it carried
+    them out (libmilter's page of ``smfi_chgfrom``). Each method raises ``ValueError`` for an
+    argument that would break the message, and :class:`ActionError` when the change was not sent.
+    """
+
+    __slots__ = ()
+
+    def add_header(self, name: str, value: str) -> None:
+        """Add a header field at the end (``smfi_addheader``).
+
+        Arguments:
+            name: the field's name, ASCII, without the colon.
+            value: its text. A longer one is folded by line ends (LF or CRLF) with white space after
+                them. The MTA puts a space before it, unless ``Milter(leading_space=True)``.
+
+        Sendmail puts a field whose name exists already above the first of that name.
+        """
+        self._call.add_header(checks.header_name(name), checks.header_value(value))
+
+    def insert_header(self, index: int, name: str, value: str) -> None:
+        """Insert a header field (``smfi_insheader``).
+
+        Arguments:
+            index: 0 is the top, above the MTA's own Received; 1 is below it. Postfix goes on counting
+                each field; Sendmail counts some that it does not print, so 2 to 8 are the same as 1.
+        """
+        checks.index(index, lowest=0)
+        self._call.insert_header(index, checks.header_name(name), checks.header_value(value))
+
+    def replace_header(self, name: str, index: int, value: str | None) -> None:
+        """Change a header field, or delete it (``smfi_chgheader``).
+
+        Arguments:
+            name: the field's name, matched without regard to case.
+            index: which one of that name, from 1. Beyond the last one a field is added.
+            value: the new text; None or ``""`` deletes the field.
+
+        To delete several fields of one name begin with the last: Postfix renumbers the rest after
+        each deletion, Sendmail does not.
+        """
+        checks.index(index, lowest=1)
+        encoded = checks.header_value(value) if value is not None else None
+        self._call.change_header(checks.header_name(name), index, encoded)
+
+    def replace_sender(self, address: str, params: str | None = None) -> None:
+        """Give the message another envelope sender (``smfi_chgfrom``).
+
+        Arguments:
+            address: with or without angle brackets; ``""`` or ``"<>"`` is the null sender.
+            params: ESMTP parameters, separated by spaces, such as ``"RET=HDRS"``. Sendmail refuses
+                those that it does not know, Postfix ignores them.
+        """
+        self._call.change_sender(checks.sender(address), checks.parameters(params))
+
+    def add_recipient(self, address: str, params: str | None = None) -> None:
+        """Add an envelope recipient (``smfi_addrcpt``, with parameters ``smfi_addrcpt_par``).
+
+        Postfix delivers twice to an address that is a recipient already.
+        """
+        self._call.add_recipient(checks.recipient(address), checks.parameters(params))
+
+    def remove_recipient(self, address: str) -> None:
+        """Remove an envelope recipient (``smfi_delrcpt``), given as in ``ctx.recipients``, with or without brackets.
+
+        The case must match. An address that is no recipient is ignored by the MTA.
+        """
+        encoded = checks.recipient(address)
+        known = next((known for known in self.recipients if address in (known, known.raw)), None)
+        self._call.remove_recipient(encoded if known is None else checks.known_recipient(known))
+
+    def replace_body(self, body: bytes | Iterable[bytes]) -> None:
+        """Replace the message's body (``smfi_replacebody``).
+
+        Arguments:
+            body: the new body, with CRLF line ends, or an iterable of its parts, cut anywhere.
+
+        Once in a message. Nothing else may be changed between the parts: Postfix fails a message
+        whose new body is interrupted.
+        """
+        transaction = self._transaction()
+        if transaction.body_replaced:
+            raise ActionError(
+                "the body was replaced already, and a second one would be appended to it; "
+                "use append_body_chunk() to write it piece by piece"
+            )
+        self._send_body(transaction, checks.body_parts(body))
+
+    def append_body_chunk(self, chunk: bytes) -> None:
+        """Append to the new body; the first call of a message takes the old body away (``smfi_replacebody``)."""
+        self._send_body(self._transaction(), checks.body_parts(chunk))
+
+    def quarantine(self, reason: str) -> None:
+        """Keep the message in the MTA's queue for a human to look at (``smfi_quarantine``).
+
+        The verdict must accept the message, or it is refused all the same.
+
+        Arguments:
+            reason: one line, not empty.
+        """
+        self._call.quarantine(checks.reason(reason))
+
+    def signal_progress(self) -> None:
+        """Tell the MTA that the filter is still at work, so that it goes on waiting (``smfi_progress``).
+
+        May be called from another thread. Within a new body it does nothing: the parts of the body
+        themselves show progress, and Postfix lets nothing stand between them.
+        """
+        self._call.progress()
+
+    def _transaction(self) -> Transaction:
+        transaction = self._conversation.transaction
+        assert transaction is not None, "the end of a message without a message"
+        return transaction
+
+    def _send_body(self, transaction: Transaction, parts: Iterable[bytes]) -> None:
+        send = self._call.send_body
+        try:
+            for part in parts:
+                send(part)
+                transaction.body_replaced = True
+        except BaseException as failure:
+            # Half a body was sent: whatever the handler makes of this, the message must not pass.
+            if transaction.body_replaced and not isinstance(failure, ContextError):
+                transaction.body_failure = failure
+            raise
+
+
+_ACTIONS = frozenset(name for name in vars(EomContext) if not name.startswith("_"))
+
+
+class Negotiation(Protocol):
+    """What the engine does for a :class:`NegotiateContext`."""
+
+    offered_actions: Actions
+    offered_options: ProtocolOptions
+    actions: Actions
+    leading_space: bool
+    rejected_recipients: bool
+    macros: dict[MacroList, list[str]]
+
+
+class NegotiateContext(_View):
+    """What an MTA offers at the start of a connection, and what the filter asks for.
+
+    The library has already made its choice from the registered handlers; a handler of
+    ``on_negotiate`` may take something away, or ask for macros. When it raises, the MTA does
+    without the filter for this connection, in the way its configuration says.
+    """
+
+    __slots__ = ()
+
+    @property
+    def offered_actions(self) -> Actions:
+        return self._negotiation.offered_actions
+
+    @property
+    def offered_options(self) -> ProtocolOptions:
+        """What the MTA can do; the ``NOREPLY_*`` options count as offered, since libmilter stands in for them."""
+        return self._negotiation.offered_options
+
+    @property
+    def actions(self) -> Actions:
+        """What the filter will ask to be granted. Can be set to less, not to more."""
+        return self._negotiation.actions
+
+    @actions.setter
+    def actions(self, actions: Actions) -> None:
+        excess = Actions(actions) & ~self._negotiation.actions
+        if excess:
+            raise ValueError(f"{excess!r} is not among the actions that the MTA offers and the Milter allows")
+        self._negotiation.actions = Actions(actions)
+
+    @property
+    def leading_space(self) -> bool:
+        """Whether header values come with the space after the colon. Can be set to False."""
+        return self._negotiation.leading_space
+
+    @leading_space.setter
+    def leading_space(self, wanted: bool) -> None:
+        self._negotiation.leading_space = wanted and self._negotiation.leading_space
+
+    @property
+    def rejected_recipients(self) -> bool:
+        """Whether the MTA shows recipients that it refuses. Can be set to False."""
+        return self._negotiation.rejected_recipients
+
+    @rejected_recipients.setter
+    def rejected_recipients(self, wanted: bool) -> None:
+        self._negotiation.rejected_recipients = wanted and self._negotiation.rejected_recipients
+
+    def request_macros(self, stage: Stage, names: Iterable[str]) -> None:
+        """Ask for macros at a stage, besides those of the decorators and those the MTA sends anyway.
+
+        Raises ``ValueError`` for a stage that has no macros.
+        """
+        self._negotiation.macros.setdefault(checks.macro_list(stage), []).extend(map(macro_name, names))
+
+    @property
+    def _negotiation(self) -> Negotiation:
+        negotiation: Any = self._call
+        if negotiation is _EXPIRED:
+            _EXPIRED.negotiation()
+        return negotiation  # type: ignore[no-any-return]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a registry of handlers implies: which stages are wanted, which never reply, which macros to ask for.
+
+The engine hands the result to the shim, which answers negotiations by it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from milter.app import Handler, Milter
+from milter.protocol import (
+    MACRO_LISTS,
+    Actions,
+    MacroList,
+    ProtocolOptions,
+    Stage,
+    known_macros,
+    macro_request,
+)
+
+__all__ = ["Plan", "make_plan"]
+
+_REPLYING_STAGES = tuple(Stage(number) for number in range(Stage.UNKNOWN.value + 1) if number != Stage.EOM.value)
+_NO_REPLY = {stage: ProtocolOptions[f"NOREPLY_{stage.name}"] for stage in _REPLYING_STAGES}
+
+# The library remembers the envelope and the client, so it wants to hear of them without handlers too.
+_REMEMBERED = (Stage.CONNECT, Stage.HELO, Stage.MAIL, Stage.RCPT)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer to a negotiation, before it is cut down to what the MTA offers."""
+
+    handled: frozenset[Stage]
+    remembered: frozenset[Stage]
+    silent: frozenset[Stage]
+    """Stages that never reply: nobody wants them, or all their handlers only observe."""
+    actions: Actions
+    requires: Actions
+    options: ProtocolOptions
+    declared_macros: dict[MacroList, tuple[str, ...]]
+    """The names that decorators declare, by the list that brings them."""
+    known_macros: tuple[str, ...]
+    negotiates: bool
+
+    def requests(self, more: dict[MacroList, list[str]]) -> dict[MacroList, tuple[str, ...]]:
+        """The lists to ask for: those declared, and `more` of one negotiation."""
+        lists = [entry for entry in MacroList if entry in self.declared_macros or entry in more]
+        return {
+            entry: macro_request(entry, [*self.declared_macros.get(entry, ()), *more.get(entry, ())]) for entry in lists
+        }
+
+
+def make_plan(app: Milter[Any, Any]) -> Plan:
+    handled = frozenset(stage for stage in Stage if app.handlers[stage])
+    silent = frozenset(stage for stage in _REPLYING_STAGES if all(handler.observes for handler in app.handlers[stage]))
+    declared = _declared_macros(app.handlers)
+    return Plan(
+        handled=handled,
+        remembered=frozenset(_REMEMBERED) - handled,
+        silent=silent,
+        actions=app.actions & ~Actions.REQUEST_MACROS,
+        requires=app.requires,
+        options=_options(app, handled, silent),
+        declared_macros=declared,
+        known_macros=known_macros(name for names in declared.values() for name in names),
+        negotiates=Stage.NEGOTIATE in handled,
+    )
+
+
+def _declared_macros(handlers: dict[Stage, list[Handler]]) -> dict[MacroList, tuple[str, ...]]:
+    declared: dict[MacroList, tuple[str, ...]] = {}
+    for stage, entry in MACRO_LISTS.items():
+        names = tuple(name for handler in handlers[stage] for name in handler.macros)
+        if names:
+            declared[entry] = declared.get(entry, ()) + names
+    return declared
+
+
+def _options(app: Milter[Any, Any], handled: frozenset[Stage], silent: frozenset[Stage]) -> ProtocolOptions:
+    options = _union(_NO_REPLY[stage] for stage in silent) | _declined(handled)
+    if Stage.BODY in handled and Stage.BODY not in silent:
+        options |= ProtocolOptions.SKIP
+    if app.leading_space:
+        options |= ProtocolOptions.LEADING_SPACE
+    if app.rejected_recipients and Stage.RCPT in handled:
+        options |= ProtocolOptions.REJECTED_RCPT
+    return options
+
+
+def _declined(handled: frozenset[Stage]) -> ProtocolOptions:
+    """The stages that the MTA need not send.
+
+    libmilter checks the order of commands by a table, from which a declined stage is skipped; two
+    ways through the table are missing, and a command that arrives there is dropped without an
+    answer, so the MTA waits until it gives up (engine.c, ``next_states``): from DATA over a declined
+    end of header, when the message has no header; and from an unknown command to the header, when
+    DATA is declined.
+    """
+    declined = ProtocolOptions.NONE
+    if Stage.UNKNOWN not in handled:
+        declined |= ProtocolOptions.NO_UNKNOWN
+        if Stage.DATA not in handled:
+            declined |= ProtocolOptions.NO_DATA
+    if Stage.HEADER not in handled:
+        declined |= ProtocolOptions.NO_HEADER
+        if Stage.EOH not in handled:
+            declined |= ProtocolOptions.NO_EOH
+    if Stage.BODY not in handled:
+        declined |= ProtocolOptions.NO_BODY
+    return declined
+
+
+def _union(options: Iterable[ProtocolOptions]) -> ProtocolOptions:
+    result = ProtocolOptions.NONE
+    for option in options:
+        result |= option
+    return result

@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: GPL-3.0-or-later */
+/*
+ * What Python sees of C. build_milter.py gives this to cffi's parser, which
+ * understands no preprocessor; the compiler checks it against milter_shim.h and
+ * libmilter's mfapi.h.
+ */
+
+/* libmilter: the process */
+int smfi_setconn(char *connection);
+int smfi_opensocket(bool remove);
+int smfi_setbacklog(int backlog);
+int smfi_setdbg(int level);
+int smfi_settimeout(int seconds);
+int smfi_version(unsigned int *major, unsigned int *minor, unsigned int *patchlevel);
+#define SMFI_VERSION ...
+
+/* The shim: see milter_shim.h for who may call what. */
+enum milter_stage {
+    MILTER_CONNECT, MILTER_HELO, MILTER_MAIL, MILTER_RCPT, MILTER_DATA, MILTER_HEADER, MILTER_EOH, MILTER_BODY,
+    MILTER_EOM, MILTER_UNKNOWN, MILTER_ABORT, MILTER_CLOSE, MILTER_STAGES
+};
+enum milter_mode { MILTER_IGNORE, MILTER_RECORD, MILTER_ENTER };
+#define MILTER_ANSWERED ...
+#define MILTER_OWED ...
+#define MILTER_TRACKS ...
+enum milter_result {
+    MILTER_OK, MILTER_EXPIRED, MILTER_NOT_EOM, MILTER_NOT_GRANTED, MILTER_TOO_LONG, MILTER_BODY_OVER, MILTER_FAILED,
+    MILTER_ABSENT, ...
+};
+
+struct milter_plan {
+    int app;
+    unsigned char mode[12];
+    unsigned long actions;
+    unsigned long required;
+    unsigned long steps;
+    const char *macros[7];
+    int negotiates;
+};
+struct milter_run;
+struct milter_session;
+
+int milter_register(const char *name);
+int milter_serve(int wake_fd);
+size_t milter_set_max_data_size(size_t size);
+struct milter_run *milter_begin(const struct milter_plan *plan);
+void milter_end(struct milter_run *run);
+int milter_wait_sessions(struct milter_run *run, int milliseconds);
+int milter_wait_handlers(struct milter_run *run, int milliseconds);
+
+int milter_macro(struct milter_session *session, uint64_t token, const char *name, char *buffer, size_t size);
+int milter_request_macros(struct milter_session *session, uint64_t token, int where, const char *names);
+int milter_granted(struct milter_session *session, uint64_t token, unsigned long *actions, unsigned long *steps);
+int milter_set_reply(struct milter_session *session, uint64_t token, const char *code, const char *enhanced,
+                     char *const *lines, size_t count);
+int milter_add_header(struct milter_session *session, uint64_t token, const char *name, const char *value);
+int milter_insert_header(struct milter_session *session, uint64_t token, int index, const char *name,
+                         const char *value);
+int milter_change_header(struct milter_session *session, uint64_t token, const char *name, int index,
+                         const char *value);
+int milter_change_sender(struct milter_session *session, uint64_t token, const char *address,
+                         const char *parameters);
+int milter_add_recipient(struct milter_session *session, uint64_t token, const char *address,
+                         const char *parameters);
+int milter_remove_recipient(struct milter_session *session, uint64_t token, const char *address);
+int milter_send_body(struct milter_session *session, uint64_t token, const char *data, size_t size);
+int milter_quarantine(struct milter_session *session, uint64_t token, const char *reason);
+int milter_progress(struct milter_session *session, uint64_t token);
+
+/* Python, as the shim sees it. */
+extern "Python+C" int milter_python_negotiate(struct milter_session *session, uint64_t token, uint64_t number,
+                                              int app, unsigned long offered_actions, unsigned long offered_steps,
+                                              unsigned long *actions, unsigned long *steps);
+extern "Python+C" int milter_python_enter(struct milter_session *session, uint64_t token, uint64_t number, int app,
+                                          int stage, const char *log, size_t log_size, const char *chunk,
+                                          size_t chunk_size);

@@ -1,0 +1,1055 @@
+/* SPDX-License-Identifier: GPL-3.0-or-later */
+/*
+ * The shim between libmilter and Python: it records what the MTA says, and
+ * calls Python only where a handler has something to say.
+ *
+ * The way of an event
+ *
+ *   1. A thread of libmilter calls one of the thirteen functions that
+ *      milter_register registered, say on_header.
+ *   2. The function appends a record to the session's log. Nobody else touches
+ *      the log: libmilter serves a session on one thread at a time.
+ *   3. conclude() looks at the plan. Does no handler want this stage, the event
+ *      waits in the log for a later call, and libmilter gets its answer here.
+ *   4. Otherwise enter_python() passes the gate, gives the session a token, and
+ *      calls milter_python_enter with the whole log. This takes the GIL.
+ *   5. Handlers act through the functions under "The session" in the header.
+ *      Each takes the session's lock, and does nothing unless its token is the
+ *      session's: the call that a context was made for is still going on.
+ *   6. Back in C, the token is withdrawn (which waits for an action that another
+ *      thread has under way), the log is emptied, and the verdict is checked.
+ *   7. conclude() turns it into libmilter's answer. Whatever went wrong on the
+ *      way is a temporary failure, never "continue".
+ *
+ * Memory
+ *
+ *   A session struct is made when an MTA negotiates, and goes to a list of free
+ *   ones at the end of the connection: it is never given back to malloc, so the
+ *   lock and the token of a session can be looked at for ever, by whoever kept a
+ *   context too long. Tokens are never used twice. A run lives for ever (a few
+ *   hundred bytes for each start of a filter in this process).
+ *
+ * Locks
+ *
+ *   session->lock   token, ctx and every smfi_* call that Python asks for.
+ *   registry_lock   the free list and the ring of closed sessions.
+ *   No function holds both. Python is never entered with either.
+ *
+ * A log is a sequence of records. A record is a letter (that of the protocol's
+ * command) and its fields, each of them ended by NUL:
+ *
+ *   C host family port address     family 4, 6, L (a path) or U (unknown)
+ *   H name
+ *   M count argument...            count in decimal
+ *   R count argument...
+ *   T, N, E, A, Q                  data, end of header, end of message, abort, close
+ *   L name value
+ *   B                              the chunk is an argument of the call
+ *   U command
+ *   X                              the message is over, decided without Python
+ */
+#define _POSIX_C_SOURCE 200809L
+
+#include "milter_shim.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+    LOG_FIRST = 512,       /* bytes of a session's first log */
+    LOG_KEPT = 4096,       /* a larger log is given back once Python has read it */
+    LOG_FULL = 64 * 1024,  /* a log of this size is delivered, wanted or not */
+    CLOSED_SESSIONS = 256, /* how many closed sessions are remembered, see resume() */
+    REPLY_LINES = 32,      /* libmilter's limit of lines in a reply */
+    BODY_PART = 1 << 30    /* bytes of one smfi_replacebody, which takes an int */
+};
+
+enum failure { SOUND, MESSAGE_FAILED, CONNECTION_FAILED };
+enum body { BODY_UNTOUCHED, BODY_BEGUN, BODY_ENDED };
+
+struct milter_run {
+    struct milter_plan plan;
+    atomic_bool closed;  /* the gate: no callback enters Python any more */
+    atomic_int inside;   /* callbacks in Python, or on their way */
+    atomic_int sessions; /* open connections of MTAs */
+};
+
+struct milter_session {
+    pthread_mutex_t lock;
+    /* Under the lock, since contexts in other threads look at them: */
+    uint64_t token; /* of the call into Python that is going on, or 0 */
+    SMFICTX *ctx;
+    enum milter_stage stage;
+    enum body body;
+    unsigned long actions; /* SMFIF_* granted */
+    unsigned long steps;   /* SMFIP_* agreed, with those that libmilter fakes */
+    /* Only for the thread that serves the session: */
+    struct milter_run *run;
+    uint64_t number;
+    bool in_message; /* between MAIL and the message's end */
+    bool known;      /* Python has heard of this session */
+    bool seen;       /* Python has heard of this message */
+    bool owed;
+    bool tracked;
+    enum failure failure;
+    sfsistat decision; /* of the last message that was decided */
+    char *log;
+    size_t log_size, log_capacity;
+    size_t message_mark; /* where the message begins in the log */
+    struct milter_session *next_free;
+};
+
+/* What is left of a session after its end, in case the connection goes on without a negotiation. */
+struct closed_session {
+    SMFICTX *ctx;
+    struct milter_run *run;
+    unsigned long actions, steps;
+};
+
+static pthread_mutex_t registry_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct milter_session *free_sessions;
+static struct closed_session closed_sessions[CLOSED_SESSIONS];
+static unsigned closed_count;
+
+static _Atomic(struct milter_run *) current_run;
+static _Atomic uint64_t last_token;
+static _Atomic uint64_t last_number;
+static _Atomic size_t max_data_size = MILTER_MAX_DATA_SIZE;
+static sigset_t startup_mask; /* written before libmilter's first thread, then only read */
+
+static const unsigned long no_reply_bit[MILTER_STAGES] = {
+    [MILTER_CONNECT] = SMFIP_NR_CONN, [MILTER_HELO] = SMFIP_NR_HELO,    [MILTER_MAIL] = SMFIP_NR_MAIL,
+    [MILTER_RCPT] = SMFIP_NR_RCPT,    [MILTER_DATA] = SMFIP_NR_DATA,    [MILTER_HEADER] = SMFIP_NR_HDR,
+    [MILTER_EOH] = SMFIP_NR_EOH,      [MILTER_BODY] = SMFIP_NR_BODY,    [MILTER_UNKNOWN] = SMFIP_NR_UNKN,
+};
+
+/* ---- Sessions: made, remembered, released ----------------------------------------------- */
+
+/* By a thread of libmilter, without a lock. The caller owns the session until release(). */
+static struct milter_session *new_session(SMFICTX *ctx, struct milter_run *run)
+{
+    pthread_mutex_lock(&registry_lock);
+    struct milter_session *session = free_sessions;
+    if (session != NULL)
+        free_sessions = session->next_free;
+    pthread_mutex_unlock(&registry_lock);
+
+    if (session == NULL) {
+        session = calloc(1, sizeof *session);
+        if (session == NULL)
+            return NULL;
+        if (pthread_mutex_init(&session->lock, NULL) != 0) {
+            free(session);
+            return NULL;
+        }
+    }
+
+    pthread_mutex_lock(&session->lock);
+    session->token = 0;
+    session->ctx = ctx;
+    session->body = BODY_UNTOUCHED;
+    session->actions = 0;
+    session->steps = 0;
+    pthread_mutex_unlock(&session->lock);
+
+    session->run = run;
+    session->number = atomic_fetch_add(&last_number, 1) + 1;
+    session->in_message = session->known = session->seen = false;
+    session->owed = session->tracked = false;
+    session->failure = SOUND;
+    session->decision = SMFIS_TEMPFAIL;
+    session->log = NULL;
+    session->log_size = session->log_capacity = session->message_mark = 0;
+    session->next_free = NULL;
+    atomic_fetch_add(&run->sessions, 1);
+    return session;
+}
+
+/* By the thread that serves the session, outside Python. The session is nobody's afterwards. */
+static void release(struct milter_session *session)
+{
+    struct milter_run *run = session->run;
+
+    pthread_mutex_lock(&session->lock);
+    const struct closed_session closed = {session->ctx, run, session->actions, session->steps};
+    session->ctx = NULL;
+    pthread_mutex_unlock(&session->lock);
+    free(session->log);
+    session->log = NULL;
+
+    pthread_mutex_lock(&registry_lock);
+    closed_sessions[closed_count++ % CLOSED_SESSIONS] = closed;
+    session->next_free = free_sessions;
+    free_sessions = session;
+    pthread_mutex_unlock(&registry_lock);
+
+    atomic_fetch_sub(&run->sessions, 1);
+}
+
+/*
+ * By a thread of libmilter, at an event that has no session: after QUIT_NC the
+ * same connection begins anew, without a negotiation, while what was negotiated
+ * still holds. libmilter tells a filter neither that, nor when a connection is
+ * gone for good; so the last sessions that ended are remembered by their
+ * context. The newest one of a context is the right one: a context's memory is
+ * used again only by a connection that negotiates, and so has a session.
+ */
+static struct milter_session *resume(SMFICTX *ctx)
+{
+    struct closed_session closed = {NULL, NULL, 0, 0};
+
+    pthread_mutex_lock(&registry_lock);
+    for (unsigned back = 1; back <= CLOSED_SESSIONS && back <= closed_count; back++) {
+        const struct closed_session *candidate = &closed_sessions[(closed_count - back) % CLOSED_SESSIONS];
+        if (candidate->ctx == ctx) {
+            closed = *candidate;
+            break;
+        }
+    }
+    pthread_mutex_unlock(&registry_lock);
+    if (closed.ctx == NULL)
+        return NULL;
+
+    struct milter_session *session = new_session(ctx, closed.run);
+    if (session == NULL)
+        return NULL;
+    pthread_mutex_lock(&session->lock);
+    session->actions = closed.actions;
+    session->steps = closed.steps;
+    pthread_mutex_unlock(&session->lock);
+    smfi_setpriv(ctx, session);
+    return session;
+}
+
+/* By each callback of libmilter but negotiate and close. NULL: out of memory, answer a failure. */
+static struct milter_session *session_of(SMFICTX *ctx)
+{
+    struct milter_session *session = smfi_getpriv(ctx);
+    return session != NULL ? session : resume(ctx);
+}
+
+/* ---- The log ---------------------------------------------------------------------------- */
+
+/* By the thread that serves the session: something was lost; the next stage that replies says so. */
+static void fail(struct milter_session *session)
+{
+    session->failure = session->in_message && session->failure != CONNECTION_FAILED ? MESSAGE_FAILED
+                                                                                    : CONNECTION_FAILED;
+}
+
+/* By the thread that serves the session. */
+static void log_bytes(struct milter_session *session, const char *bytes, size_t size)
+{
+    if (size > session->log_capacity - session->log_size) {
+        size_t capacity = session->log_capacity > 0 ? session->log_capacity : LOG_FIRST;
+        while (capacity - session->log_size < size)
+            capacity *= 2;
+        char *log = realloc(session->log, capacity);
+        if (log == NULL) {
+            fail(session);
+            return;
+        }
+        session->log = log;
+        session->log_capacity = capacity;
+    }
+    memcpy(session->log + session->log_size, bytes, size);
+    session->log_size += size;
+}
+
+static void log_text(struct milter_session *session, const char *text)
+{
+    log_bytes(session, text, strlen(text) + 1);
+}
+
+static void log_arguments(struct milter_session *session, const char *letter, char **arguments)
+{
+    char count[24];
+    size_t n = 0;
+
+    while (arguments[n] != NULL)
+        n++;
+    snprintf(count, sizeof count, "%zu", n);
+    log_text(session, letter);
+    log_text(session, count);
+    for (size_t i = 0; i < n; i++)
+        log_text(session, arguments[i]);
+}
+
+static void log_client(struct milter_session *session, const char *hostname, _SOCK_ADDR *address)
+{
+    char host[INET6_ADDRSTRLEN] = "", port[8] = "0";
+    const char *family = "U", *where = host;
+
+    if (address != NULL && address->sa_family == AF_INET) {
+        const struct sockaddr_in *in = (const struct sockaddr_in *)(const void *)address;
+        family = "4";
+        inet_ntop(AF_INET, &in->sin_addr, host, sizeof host);
+        snprintf(port, sizeof port, "%u", (unsigned)ntohs(in->sin_port));
+    } else if (address != NULL && address->sa_family == AF_INET6) {
+        const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)(const void *)address;
+        family = "6";
+        inet_ntop(AF_INET6, &in6->sin6_addr, host, sizeof host);
+        snprintf(port, sizeof port, "%u", (unsigned)ntohs(in6->sin6_port));
+    } else if (address != NULL && address->sa_family == AF_UNIX) {
+        family = "L";
+        where = ((const struct sockaddr_un *)(const void *)address)->sun_path;
+    }
+    log_text(session, "C");
+    log_text(session, hostname);
+    log_text(session, family);
+    log_text(session, port);
+    log_text(session, where);
+}
+
+/* After Python has read the log. */
+static void empty_log(struct milter_session *session)
+{
+    if (session->log_capacity > LOG_KEPT) {
+        free(session->log);
+        session->log = NULL;
+        session->log_capacity = 0;
+    }
+    session->log_size = session->message_mark = 0;
+}
+
+/* Forget the events of the message, which ended without Python; it must only hear that it is over. */
+static void forget_message(struct milter_session *session)
+{
+    session->log_size = session->message_mark;
+    if (session->seen)
+        log_text(session, "X");
+    session->seen = session->tracked = false;
+}
+
+/* ---- Into Python and back --------------------------------------------------------------- */
+
+/*
+ * libmilter's threads have SIGHUP, SIGINT and SIGTERM blocked, and a process
+ * that a handler starts would inherit that: it could not be terminated.
+ */
+static void adopt_signal_mask(void)
+{
+    static _Thread_local bool adopted;
+
+    if (!adopted) {
+        pthread_sigmask(SIG_SETMASK, &startup_mask, NULL);
+        adopted = true;
+    }
+}
+
+/*
+ * By a thread of libmilter. The invariant of the gate: once milter_end has set
+ * closed, and inside was seen to be 0, no thread is in Python or will enter it.
+ * Both are sequentially consistent: either milter_end sees this thread inside,
+ * or this thread sees the gate closed.
+ */
+static bool pass_gate(struct milter_run *run)
+{
+    atomic_fetch_add(&run->inside, 1);
+    if (!atomic_load(&run->closed))
+        return true;
+    atomic_fetch_sub(&run->inside, 1);
+    return false;
+}
+
+/* By the thread that serves the session, before it enters Python. */
+static uint64_t open_session(struct milter_session *session, enum milter_stage stage)
+{
+    const uint64_t token = atomic_fetch_add(&last_token, 1) + 1;
+
+    pthread_mutex_lock(&session->lock);
+    session->token = token;
+    session->stage = stage;
+    pthread_mutex_unlock(&session->lock);
+    return token;
+}
+
+/* By the same thread afterwards. Waits for an action that another thread has under way. */
+static void shut_session(struct milter_session *session)
+{
+    pthread_mutex_lock(&session->lock);
+    session->token = 0;
+    pthread_mutex_unlock(&session->lock);
+}
+
+/* By the thread that serves the session, without a lock. Returns Python's answer, 0 for a failure. */
+static int enter_python(struct milter_session *session, enum milter_stage stage, const void *chunk, size_t size)
+{
+    struct milter_run *run = session->run;
+    int answer = 0;
+
+    if (pass_gate(run)) {
+        adopt_signal_mask();
+        const uint64_t token = open_session(session, stage);
+        session->known = true;
+        session->seen = session->in_message;
+        answer = milter_python_enter(session, token, session->number, run->plan.app, (int)stage, session->log,
+                                     session->log_size, chunk, size);
+        shut_session(session);
+        atomic_fetch_sub(&run->inside, 1);
+    }
+    empty_log(session);
+    if ((answer & MILTER_ANSWERED) == 0) {
+        fail(session);
+        return 0;
+    }
+    session->owed = (answer & MILTER_OWED) != 0;
+    session->tracked = (answer & MILTER_TRACKS) != 0;
+    return answer;
+}
+
+/* What libmilter does not know, or does not send, is a failure: an unknown code leaves the MTA waiting. */
+static sfsistat verdict_of(int answer)
+{
+    const int verdict = answer & 0xff;
+
+    if ((answer & MILTER_ANSWERED) == 0)
+        return SMFIS_TEMPFAIL;
+    switch (verdict) {
+    case SMFIS_CONTINUE:
+    case SMFIS_REJECT:
+    case SMFIS_DISCARD:
+    case SMFIS_ACCEPT:
+    case SMFIS_TEMPFAIL:
+    case SMFIS_SKIP:
+        return verdict;
+    default:
+        return SMFIS_TEMPFAIL;
+    }
+}
+
+/* Is the message decided, so that neither its end nor its abort concerns the filter any more? */
+static bool ends_message(enum milter_stage stage, sfsistat verdict)
+{
+    if (stage == MILTER_EOM)
+        return true;
+    if (stage == MILTER_UNKNOWN || verdict == SMFIS_CONTINUE || verdict == SMFIS_SKIP)
+        return false;
+    if (stage == MILTER_RCPT) /* a refusal concerns this recipient alone */
+        return verdict == SMFIS_ACCEPT || verdict == SMFIS_DISCARD;
+    return true;
+}
+
+/*
+ * By each callback, after the event was recorded; without a lock. Returns what
+ * libmilter shall do. In a stage that does not reply that is always "no reply":
+ * what went wrong there is kept, and answered at the next stage that replies.
+ */
+static sfsistat conclude(struct milter_session *session, enum milter_stage stage, const void *chunk, size_t size)
+{
+    const bool silent = (session->steps & no_reply_bit[stage]) != 0;
+    const bool wanted = session->run->plan.mode[stage] == MILTER_ENTER || session->log_size > LOG_FULL ||
+                        (session->owed && !silent) || (session->tracked && stage == MILTER_EOM);
+    sfsistat verdict = SMFIS_CONTINUE;
+    bool told = false;
+
+    if (stage >= MILTER_RCPT && stage <= MILTER_EOM && !session->in_message) {
+        /* An MTA that goes on with a message after its verdict gets the verdict again. */
+        session->log_size = session->message_mark;
+        return silent ? SMFIS_NOREPLY : session->decision;
+    }
+    if (wanted) {
+        const int answer = enter_python(session, stage, chunk, size);
+        verdict = verdict_of(answer);
+        told = (answer & MILTER_ANSWERED) != 0;
+    }
+    if (silent)
+        return SMFIS_NOREPLY;
+    if (session->failure != SOUND && verdict != SMFIS_REJECT) {
+        told = told && verdict == SMFIS_TEMPFAIL;
+        verdict = SMFIS_TEMPFAIL;
+    }
+    if (verdict == SMFIS_SKIP && (stage != MILTER_BODY || (session->steps & SMFIP_SKIP) == 0))
+        verdict = SMFIS_CONTINUE; /* Sendmail answers a SKIP elsewhere by leaving out the body */
+    if (session->in_message && ends_message(stage, verdict)) {
+        session->in_message = false;
+        session->decision = verdict;
+        if (!told)
+            forget_message(session);
+        session->seen = session->tracked = false;
+    }
+    return verdict;
+}
+
+/* ---- libmilter's callbacks: each by a thread of libmilter, one at a time for a connection - */
+
+/* The session that this makes belongs to libmilter's context, until on_close takes it back. */
+static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsigned long offered_steps,
+                             unsigned long unused2, unsigned long unused3, unsigned long *actions,
+                             unsigned long *steps, unsigned long *out2, unsigned long *out3)
+{
+    struct milter_run *run = atomic_load(&current_run);
+    struct milter_session *session = run != NULL ? new_session(ctx, run) : NULL;
+
+    (void)unused2;
+    (void)unused3;
+    *out2 = *out3 = 0;
+    if (session == NULL)
+        return SMFIS_REJECT;
+    smfi_setpriv(ctx, session);
+
+    const struct milter_plan *plan = &run->plan;
+    const bool lacking = (plan->required & ~offered_actions) != 0;
+    *actions = plan->actions & offered_actions;
+    *steps = plan->steps & offered_steps;
+    if ((offered_actions & SMFIF_SETSYMLIST) != 0)
+        *actions |= SMFIF_SETSYMLIST;
+
+    if (plan->negotiates || lacking) {
+        int answer = 0;
+        if (pass_gate(run)) {
+            adopt_signal_mask();
+            const uint64_t token = open_session(session, MILTER_STAGES);
+            session->known = true;
+            answer = milter_python_negotiate(session, token, session->number, plan->app, offered_actions,
+                                             offered_steps, actions, steps);
+            shut_session(session);
+            atomic_fetch_sub(&run->inside, 1);
+        }
+        if ((answer & MILTER_ANSWERED) == 0)
+            return SMFIS_REJECT;
+    } else if ((offered_actions & SMFIF_SETSYMLIST) != 0) {
+        for (int where = SMFIM_FIRST; where <= SMFIM_LAST; where++)
+            if (plan->macros[where] != NULL)
+                smfi_setsymlist(ctx, where, (char *)(uintptr_t)plan->macros[where]);
+    }
+
+    /*
+     * libmilter's table of states has no way from an unknown command to a header
+     * but by DATA: an MTA that sends no DATA must not send unknown commands.
+     */
+    if ((offered_steps & SMFIP_NODATA) == 0)
+        *steps |= SMFIP_NOUNKNOWN & offered_steps;
+
+    pthread_mutex_lock(&session->lock);
+    session->actions = *actions;
+    session->steps = *steps;
+    pthread_mutex_unlock(&session->lock);
+    return SMFIS_CONTINUE;
+}
+
+static sfsistat on_connect(SMFICTX *ctx, char *hostname, _SOCK_ADDR *address)
+{
+    struct milter_session *session = session_of(ctx);
+
+    if (session == NULL)
+        return SMFIS_TEMPFAIL;
+    log_client(session, hostname, address);
+    return conclude(session, MILTER_CONNECT, NULL, 0);
+}
+
+static sfsistat on_helo(SMFICTX *ctx, char *name)
+{
+    struct milter_session *session = session_of(ctx);
+
+    if (session == NULL)
+        return SMFIS_TEMPFAIL;
+    log_text(session, "H");
+    log_text(session, name);
+    return conclude(session, MILTER_HELO, NULL, 0);
+}
+
+static sfsistat on_mail(SMFICTX *ctx, char **arguments)
+{
+    struct milter_session *session = session_of(ctx);
+
+    if (session == NULL)
+        return SMFIS_TEMPFAIL;
+    if (session->failure == MESSAGE_FAILED)
+        session->failure = SOUND;
+    session->in_message = true;
+    session->seen = session->tracked = false;
+    session->message_mark = session->log_size;
+    pthread_mutex_lock(&session->lock);
+    session->body = BODY_UNTOUCHED;
+    pthread_mutex_unlock(&session->lock);
+    log_arguments(session, "M", arguments);
+    return conclude(session, MILTER_MAIL, NULL, 0);
+}
+
+static sfsistat on_rcpt(SMFICTX *ctx, char **arguments)
+{
+    struct milter_session *session = session_of(ctx);
+
+    if (session == NULL)
+        return SMFIS_TEMPFAIL;
+    log_arguments(session, "R", arguments);
+    return conclude(session, MILTER_RCPT, NULL, 0);
+}
+
+/* Stages that the plan ignores leave no record, or a long message would fill the log. */
+static bool ignored(const struct milter_session *session, enum milter_stage stage)
+{
+    return session->run->plan.mode[stage] == MILTER_IGNORE;
+}
+
+static sfsistat on_data(SMFICTX *ctx)
+{
+    struct milter_session *session = session_of(ctx);
+
+    if (session == NULL)
+        return SMFIS_TEMPFAIL;
+    if (!ignored(session, MILTER_DATA))
+        log_text(session, "T");
+    return conclude(session, MILTER_DATA, NULL, 0);
+}
+
+static sfsistat on_header(SMFICTX *ctx, char *name, char *value)
+{
+    struct milter_session *session = session_of(ctx);
+
+    if (session == NULL)
+        return SMFIS_TEMPFAIL;
+    if (!ignored(session, MILTER_HEADER)) {
+        log_text(session, "L");
+        log_text(session, name);
+        log_text(session, value);
+    }
+    return conclude(session, MILTER_HEADER, NULL, 0);
+}
+
+static sfsistat on_eoh(SMFICTX *ctx)
+{
+    struct milter_session *session = session_of(ctx);
+
+    if (session == NULL)
+        return SMFIS_TEMPFAIL;
+    if (!ignored(session, MILTER_EOH))
+        log_text(session, "N");
+    return conclude(session, MILTER_EOH, NULL, 0);
+}
+
+/* The chunk is libmilter's memory, valid until this returns. */
+static sfsistat on_body(SMFICTX *ctx, unsigned char *chunk, size_t size)
+{
+    struct milter_session *session = session_of(ctx);
+
+    if (session == NULL)
+        return SMFIS_TEMPFAIL;
+    if (!ignored(session, MILTER_BODY))
+        log_text(session, "B");
+    return conclude(session, MILTER_BODY, chunk, size);
+}
+
+static sfsistat on_eom(SMFICTX *ctx)
+{
+    struct milter_session *session = session_of(ctx);
+
+    if (session == NULL)
+        return SMFIS_TEMPFAIL;
+    log_text(session, "E");
+    return conclude(session, MILTER_EOM, NULL, 0);
+}
+
+static sfsistat on_unknown(SMFICTX *ctx, const char *command)
+{
+    struct milter_session *session = session_of(ctx);
+
+    if (session == NULL)
+        return SMFIS_TEMPFAIL;
+    if (!ignored(session, MILTER_UNKNOWN)) {
+        log_text(session, "U");
+        log_text(session, command);
+    }
+    return conclude(session, MILTER_UNKNOWN, NULL, 0);
+}
+
+/* Once for each message that was begun and not decided, however often the MTA says ABORT. */
+static void abort_message(struct milter_session *session)
+{
+    if (!session->in_message)
+        return;
+    if (session->run->plan.mode[MILTER_ABORT] == MILTER_ENTER || session->tracked) {
+        log_text(session, "A");
+        enter_python(session, MILTER_ABORT, NULL, 0);
+        session->seen = session->tracked = false;
+    } else {
+        forget_message(session);
+    }
+    session->in_message = false;
+}
+
+static sfsistat on_abort(SMFICTX *ctx)
+{
+    struct milter_session *session = smfi_getpriv(ctx);
+
+    if (session != NULL)
+        abort_message(session);
+    return SMFIS_CONTINUE;
+}
+
+/*
+ * May come first, alone or twice, and at a time-out on libmilter's controller
+ * thread, which holds libmilter's own lock meanwhile.
+ */
+static sfsistat on_close(SMFICTX *ctx)
+{
+    struct milter_session *session = smfi_getpriv(ctx);
+
+    if (session == NULL)
+        return SMFIS_CONTINUE;
+    smfi_setpriv(ctx, NULL);
+    abort_message(session);
+    if (session->known || session->run->plan.mode[MILTER_CLOSE] == MILTER_ENTER) {
+        log_text(session, "Q");
+        enter_python(session, MILTER_CLOSE, NULL, 0);
+    }
+    release(session);
+    return SMFIS_CONTINUE;
+}
+
+/* ---- The process ------------------------------------------------------------------------ */
+
+/* Once in a process, before milter_serve. libmilter copies the name. */
+int milter_register(const char *name)
+{
+    const struct smfiDesc description = {
+        .xxfi_name = (char *)(uintptr_t)name,
+        .xxfi_version = SMFI_VERSION,
+        .xxfi_flags = 0, /* on_negotiate decides */
+        .xxfi_connect = on_connect,
+        .xxfi_helo = on_helo,
+        .xxfi_envfrom = on_mail,
+        .xxfi_envrcpt = on_rcpt,
+        .xxfi_header = on_header,
+        .xxfi_eoh = on_eoh,
+        .xxfi_body = on_body,
+        .xxfi_eom = on_eom,
+        .xxfi_abort = on_abort,
+        .xxfi_close = on_close,
+        .xxfi_unknown = on_unknown,
+        .xxfi_data = on_data,
+        .xxfi_negotiate = on_negotiate,
+    };
+    return smfi_register(description);
+}
+
+/* The thread of smfi_main, for the rest of the process; it never enters Python. */
+static void *serve(void *argument)
+{
+    const int wake_fd = (int)(intptr_t)argument;
+
+    smfi_main();
+    /* libmilter gave up (or took a signal): whoever waits at the other end must hear of it. */
+    while (write(wake_fd, "!", 1) < 0 && errno == EINTR)
+        continue;
+    return NULL;
+}
+
+/*
+ * Once in a process, after milter_register, smfi_setconn and smfi_opensocket.
+ * All signals are blocked in the new thread and those that libmilter starts from
+ * it, so that they reach Python's main thread. 0, or an errno.
+ */
+int milter_serve(int wake_fd)
+{
+    sigset_t all;
+    pthread_t thread;
+
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &startup_mask);
+    const int error = pthread_create(&thread, NULL, serve, (void *)(intptr_t)wake_fd);
+    pthread_sigmask(SIG_SETMASK, &startup_mask, NULL);
+    if (error == 0)
+        pthread_detach(thread);
+    return error;
+}
+
+/* Bytes of one packet, for the whole process. Returns the old limit. */
+size_t milter_set_max_data_size(size_t size)
+{
+    atomic_store(&max_data_size, size);
+    return smfi_setmaxdatasize(size);
+}
+
+/* The plan is copied; connections from now on follow it. NULL: out of memory. */
+struct milter_run *milter_begin(const struct milter_plan *plan)
+{
+    struct milter_run *run = calloc(1, sizeof *run);
+
+    if (run == NULL)
+        return NULL;
+    run->plan = *plan;
+    for (int where = SMFIM_FIRST; where <= SMFIM_LAST; where++) {
+        if (plan->macros[where] == NULL)
+            continue;
+        run->plan.macros[where] = strdup(plan->macros[where]);
+        if (run->plan.macros[where] == NULL)
+            return NULL;
+    }
+    atomic_store(&current_run, run);
+    return run;
+}
+
+/* From now on no event of this run enters Python, and new connections are refused. */
+void milter_end(struct milter_run *run)
+{
+    struct milter_run *expected = run;
+
+    atomic_compare_exchange_strong(&current_run, &expected, NULL);
+    atomic_store(&run->closed, true);
+}
+
+static int wait_for_zero(atomic_int *count, int milliseconds)
+{
+    const struct timespec pause = {0, 1000 * 1000};
+
+    while (atomic_load(count) != 0 && milliseconds-- > 0)
+        nanosleep(&pause, NULL);
+    return atomic_load(count);
+}
+
+/* Any thread, without the GIL. Returns how many connections are still open. */
+int milter_wait_sessions(struct milter_run *run, int milliseconds)
+{
+    return wait_for_zero(&run->sessions, milliseconds);
+}
+
+/* Any thread, without the GIL. Returns how many callbacks are still in Python. */
+int milter_wait_handlers(struct milter_run *run, int milliseconds)
+{
+    return wait_for_zero(&run->inside, milliseconds);
+}
+
+/* ---- The session: by handlers, without the GIL ------------------------------------------- */
+
+/* Takes the session's lock, and keeps it only when the answer is MILTER_OK. */
+static int lock_session(struct milter_session *session, uint64_t token)
+{
+    pthread_mutex_lock(&session->lock);
+    if (session->token == token && token != 0)
+        return MILTER_OK;
+    pthread_mutex_unlock(&session->lock);
+    return MILTER_EXPIRED;
+}
+
+/* The same for an action, which needs the end of the message and the MTA's grant (0: none). */
+static int lock_for_action(struct milter_session *session, uint64_t token, unsigned long grant, size_t size)
+{
+    int result = lock_session(session, token);
+
+    if (result != MILTER_OK)
+        return result;
+    if (session->stage != MILTER_EOM)
+        result = MILTER_NOT_EOM;
+    else if ((session->actions & grant) != grant)
+        result = MILTER_NOT_GRANTED;
+    else if (size > atomic_load(&max_data_size))
+        result = MILTER_TOO_LONG;
+    if (result != MILTER_OK)
+        pthread_mutex_unlock(&session->lock);
+    return result;
+}
+
+/* Any action but a part of the body ends the body: Postfix fails a message whose new body is interrupted. */
+static int end_action(struct milter_session *session, int sent)
+{
+    if (session->body == BODY_BEGUN)
+        session->body = BODY_ENDED;
+    pthread_mutex_unlock(&session->lock);
+    return sent == MI_SUCCESS ? MILTER_OK : MILTER_FAILED;
+}
+
+/* libmilter takes strings as "char *", and does not write to them. */
+static char *text(const char *constant)
+{
+    return (char *)(uintptr_t)constant;
+}
+
+static size_t packet_size(const char *first, const char *second)
+{
+    return sizeof(uint32_t) + strlen(first) + 1 + (second != NULL ? strlen(second) + 1 : 0);
+}
+
+/*
+ * Copies the value into the buffer, since libmilter's memory is valid only until
+ * the next command. Returns the length of the value, or an enum milter_result; a
+ * value longer than size - 1 is not copied.
+ */
+int milter_macro(struct milter_session *session, uint64_t token, const char *name, char *buffer, size_t size)
+{
+    int result = lock_session(session, token);
+
+    if (result != MILTER_OK)
+        return result;
+    const char *value = smfi_getsymval(session->ctx, text(name));
+    result = MILTER_ABSENT;
+    if (value != NULL) {
+        const size_t length = strlen(value);
+        if (length < size)
+            memcpy(buffer, value, length + 1);
+        result = (int)length;
+    }
+    pthread_mutex_unlock(&session->lock);
+    return result;
+}
+
+/* Only in milter_python_negotiate, once for each stage. */
+int milter_request_macros(struct milter_session *session, uint64_t token, int where, const char *names)
+{
+    const int result = lock_session(session, token);
+
+    if (result != MILTER_OK)
+        return result;
+    const int set = smfi_setsymlist(session->ctx, where, text(names));
+    pthread_mutex_unlock(&session->lock);
+    return set == MI_SUCCESS ? MILTER_OK : MILTER_FAILED;
+}
+
+int milter_granted(struct milter_session *session, uint64_t token, unsigned long *actions, unsigned long *steps)
+{
+    const int result = lock_session(session, token);
+
+    if (result != MILTER_OK)
+        return result;
+    *actions = session->actions;
+    *steps = session->steps;
+    pthread_mutex_unlock(&session->lock);
+    return MILTER_OK;
+}
+
+/*
+ * As the last thing before a verdict of the same class, in a stage that replies:
+ * libmilter uses the reply up then. Set at another time it would stay, and be
+ * sent with a later refusal.
+ */
+int milter_set_reply(struct milter_session *session, uint64_t token, const char *code, const char *enhanced,
+                     char *const *lines, size_t count)
+{
+    char *l[REPLY_LINES] = {NULL};
+    int set;
+
+    if (count < 1 || count > REPLY_LINES)
+        return MILTER_FAILED;
+    memcpy(l, lines, count * sizeof *l);
+    const int result = lock_session(session, token);
+    if (result != MILTER_OK)
+        return result;
+    if (count == 1)
+        set = smfi_setreply(session->ctx, text(code), text(enhanced), l[0]);
+    else /* the list ends at the first NULL */
+        set = smfi_setmlreply(session->ctx, code, enhanced, l[0], l[1], l[2], l[3], l[4], l[5], l[6], l[7], l[8],
+                              l[9], l[10], l[11], l[12], l[13], l[14], l[15], l[16], l[17], l[18], l[19], l[20],
+                              l[21], l[22], l[23], l[24], l[25], l[26], l[27], l[28], l[29], l[30], l[31],
+                              (char *)NULL);
+    pthread_mutex_unlock(&session->lock);
+    return set == MI_SUCCESS ? MILTER_OK : MILTER_FAILED;
+}
+
+int milter_add_header(struct milter_session *session, uint64_t token, const char *name, const char *value)
+{
+    const int result = lock_for_action(session, token, SMFIF_ADDHDRS, packet_size(name, value));
+
+    if (result != MILTER_OK)
+        return result;
+    return end_action(session, smfi_addheader(session->ctx, text(name), text(value)));
+}
+
+int milter_insert_header(struct milter_session *session, uint64_t token, int index, const char *name,
+                         const char *value)
+{
+    const int result = lock_for_action(session, token, SMFIF_ADDHDRS, packet_size(name, value));
+
+    if (result != MILTER_OK)
+        return result;
+    return end_action(session, smfi_insheader(session->ctx, index, text(name), text(value)));
+}
+
+/* A value of NULL deletes. */
+int milter_change_header(struct milter_session *session, uint64_t token, const char *name, int index,
+                         const char *value)
+{
+    const int result = lock_for_action(session, token, SMFIF_CHGHDRS, packet_size(name, value));
+
+    if (result != MILTER_OK)
+        return result;
+    return end_action(session, smfi_chgheader(session->ctx, text(name), index, text(value)));
+}
+
+int milter_change_sender(struct milter_session *session, uint64_t token, const char *address,
+                         const char *parameters)
+{
+    const int result = lock_for_action(session, token, SMFIF_CHGFROM, packet_size(address, parameters));
+
+    if (result != MILTER_OK)
+        return result;
+    return end_action(session, smfi_chgfrom(session->ctx, text(address), text(parameters)));
+}
+
+/* With and without parameters are two actions of the protocol, granted one by one. */
+int milter_add_recipient(struct milter_session *session, uint64_t token, const char *address,
+                         const char *parameters)
+{
+    const unsigned long grant = parameters != NULL ? SMFIF_ADDRCPT_PAR : SMFIF_ADDRCPT;
+    const int result = lock_for_action(session, token, grant, packet_size(address, parameters));
+
+    if (result != MILTER_OK)
+        return result;
+    if (parameters != NULL)
+        return end_action(session, smfi_addrcpt_par(session->ctx, text(address), text(parameters)));
+    return end_action(session, smfi_addrcpt(session->ctx, text(address)));
+}
+
+int milter_remove_recipient(struct milter_session *session, uint64_t token, const char *address)
+{
+    const int result = lock_for_action(session, token, SMFIF_DELRCPT, packet_size(address, NULL));
+
+    if (result != MILTER_OK)
+        return result;
+    return end_action(session, smfi_delrcpt(session->ctx, text(address)));
+}
+
+/* The data is the caller's. The first part replaces the body, also when it is empty; later ones are appended. */
+int milter_send_body(struct milter_session *session, uint64_t token, const char *data, size_t size)
+{
+    int result = lock_for_action(session, token, SMFIF_CHGBODY, 0);
+
+    if (result != MILTER_OK)
+        return result;
+    if (session->body == BODY_ENDED)
+        result = MILTER_BODY_OVER;
+    else
+        session->body = BODY_BEGUN;
+    while (result == MILTER_OK) {
+        const size_t part = size < BODY_PART ? size : BODY_PART;
+        if (smfi_replacebody(session->ctx, (unsigned char *)text(data), (int)part) != MI_SUCCESS)
+            result = MILTER_FAILED;
+        data += part;
+        size -= part;
+        if (size == 0)
+            break;
+    }
+    pthread_mutex_unlock(&session->lock);
+    return result;
+}
+
+int milter_quarantine(struct milter_session *session, uint64_t token, const char *reason)
+{
+    const int result = lock_for_action(session, token, SMFIF_QUARANTINE, packet_size(reason, NULL));
+
+    if (result != MILTER_OK)
+        return result;
+    return end_action(session, smfi_quarantine(session->ctx, text(reason)));
+}
+
+/* Also by another thread than the handler's. Within a new body it would break it, and is left out. */
+int milter_progress(struct milter_session *session, uint64_t token)
+{
+    const int result = lock_for_action(session, token, 0, 0);
+
+    if (result != MILTER_OK)
+        return result;
+    const int sent = session->body == BODY_UNTOUCHED ? smfi_progress(session->ctx) : MI_SUCCESS;
+    pthread_mutex_unlock(&session->lock);
+    return sent == MI_SUCCESS ? MILTER_OK : MILTER_FAILED;
+}

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The sockets that only libmilter sees, so that the library can give it any socket it likes.
+
+libmilter insists on opening its listening socket by itself, tells of errors in the system's log
+only, and keeps the descriptor to itself. So it is let open one that nobody knows, of the right
+family; its descriptor is found by its address, and from then on ``dup2`` decides what is behind it.
+"""
+
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from milter.errors import MilterError
+
+_ATTEMPTS = 20
+_EPHEMERAL_PORTS = (49152, 65535)
+_MOST_DESCRIPTORS = 65536
+_LONGEST_DIRECTORY = 100
+
+
+class Placeholder:
+    """A socket that libmilter opens, on an address of our choice that nobody else uses."""
+
+    def __init__(self, family: int) -> None:
+        self._family = family
+        self._directory: Path | None = None
+        self._address: tuple[str, int] | str = ""
+
+    def __enter__(self) -> "Placeholder":
+        if self._family == socket.AF_UNIX:
+            self._directory = _private_directory()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, failure: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._directory is not None:
+            (self._directory / "s").unlink(missing_ok=True)
+            self._directory.rmdir()
+
+    def specifications(self) -> Iterator[str]:
+        """What to tell libmilter, again and again until it succeeds: a port may be in use."""
+        if self._directory is not None:
+            self._address = str(self._directory / "s")
+            yield f"unix:{self._address}"
+            return
+        lowest, highest = _EPHEMERAL_PORTS
+        scheme, host = ("inet6", "::1") if self._family == socket.AF_INET6 else ("inet", "127.0.0.1")
+        for _ in range(_ATTEMPTS):
+            port = lowest + secrets.randbelow(highest - lowest)
+            self._address = (host, port)
+            yield f"{scheme}:{port}@{host}"
+
+    def find(self) -> int:
+        """The descriptor behind which libmilter's socket is."""
+        for descriptor in _descriptors():
+            if _listens(descriptor, self._family, self._address):
+                return descriptor
+        raise MilterError("libmilter's listening socket was not found among the descriptors of this process")
+
+
+def unreachable_listener() -> socket.socket:
+    """A listening socket without a name: libmilter waits there for nobody.
+
+    It must be one that listens: libmilter takes any other for a broken listener, and ends.
+    """
+    directory = _private_directory()
+    path = directory / "s"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.setblocking(False)
+    listener.bind(str(path))
+    listener.listen(1)
+    path.unlink()
+    directory.rmdir()
+    return listener
+
+
+def _private_directory() -> Path:
+    """For a socket's path, which may have 107 bytes at most."""
+    directory = tempfile.mkdtemp(prefix="milter-")
+    if len(directory) > _LONGEST_DIRECTORY:
+        Path(directory).rmdir()
+        directory = tempfile.mkdtemp(prefix="milter-", dir="/tmp")
+    return Path(directory)
+
+
+def _descriptors() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:  # no /proc, as in a bare chroot
+        return list(range(min(os.sysconf("SC_OPEN_MAX"), _MOST_DESCRIPTORS)))
+
+
+def _listens(descriptor: int, family: int, address: tuple[str, int] | str) -> bool:
+    try:
+        duplicate = os.dup(descriptor)
+    except OSError:
+        return False
+    try:
+        candidate = socket.socket(fileno=duplicate)
+    except OSError:  # not a socket
+        os.close(duplicate)
+        return False
+    with candidate:
+        return (
+            candidate.family == family
+            and candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
+            and candidate.getsockname()[: len(address)] == address
+        )
