@@ -17,7 +17,7 @@ from typing import (
     overload,
 )
 
-from milter.context import Context, EomContext, NegotiateContext
+from milter.context import Context, EomContext, NegotiateContext, S, T
 from milter.envelope import Address, ClientAddress, Params
 from milter.errors import RegistrationError
 from milter.protocol import MACRO_LISTS, Actions, Stage, macro_name
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Milter"]
 
-S = TypeVar("S")
-T = TypeVar("T")
 H = TypeVar("H", bound=Callable[..., Any])
 
 OnError: TypeAlias = Status | Reply | Literal["shutdown"]

@@ -9,7 +9,7 @@ value would begin another header. Each function returns the bytes to send, or ra
 import re
 from collections.abc import Iterable
 
-from milter.envelope import Address
+from milter.envelope import Address, without_brackets
 from milter.protocol import MACRO_LISTS, MacroList, Stage
 
 # RFC 5322, section 3.6.8: printable ASCII without the colon.
@@ -112,7 +112,7 @@ def macro_list(stage: Stage) -> MacroList:
 def _bare(address: str) -> str:
     _require_text(address, "an address")
     _refuse_line_ends(address, "an address")
-    bare = address[1:-1] if address.startswith("<") and address.endswith(">") else address
+    bare = without_brackets(address)
     if "<" in bare or ">" in bare:
         raise ValueError(f"give the bare address, without a display name: {address!r}")
     return bare

@@ -8,17 +8,25 @@ context reach libmilter is the engine's business: it gives each context a :class
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol
 
 from milter import checks
-from milter.envelope import Address, ClientAddress
+from milter.envelope import Address, ClientAddress, without_brackets
 from milter.errors import ActionError, ContextError, StageError
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, macro_name
 
 __all__ = ["Context", "EomContext", "NegotiateContext"]
 
-S = TypeVar("S")
-T = TypeVar("T")
+if TYPE_CHECKING:  # with a default, so that the bare name Context passes the strictest checker
+    from typing_extensions import TypeVar
+
+    S = TypeVar("S", default=Any)
+    T = TypeVar("T", default=Any)
+else:
+    from typing import TypeVar
+
+    S = TypeVar("S")
+    T = TypeVar("T")
 
 
 class Call(Protocol):
@@ -129,6 +137,8 @@ class _Expired:
     """Stands in for the call once it is over: whatever is asked, the answer is the same exception."""
 
     def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # of the interpreter's and its tools' own business
+            raise AttributeError(name)
         raise ContextError(
             "this context is no longer valid: it was used after its handler had returned. "
             "Keep what you need in ctx.session or ctx.transaction, or copy it while the handler runs"
@@ -325,7 +335,7 @@ class EomContext(Context[S, T]):
         The case must match. An address that is no recipient is ignored by the MTA.
         """
         encoded = checks.recipient(address)
-        known = next((known for known in self.recipients if address in (known, known.raw)), None)
+        known = next((known for known in self.recipients if known == without_brackets(address)), None)
         self._call.remove_recipient(encoded if known is None else checks.known_recipient(known))
 
     def replace_body(self, body: bytes | Iterable[bytes]) -> None:

@@ -93,6 +93,10 @@ class Params(Mapping[str, str | None]):
         return f"Params({list(self._raw)!r})"
 
 
+def without_brackets(address: str) -> str:
+    return address[1:-1] if address.startswith("<") and address.endswith(">") else address
+
+
 class Address(str):
     """A sender or recipient: a ``str`` without the angle brackets, ``""`` for the null sender ``<>``.
 
@@ -109,8 +113,7 @@ class Address(str):
     def from_arguments(cls, arguments: Sequence[str]) -> "Address":
         """Make one of the arguments of a MAIL or RCPT command, the address first."""
         raw = arguments[0] if arguments else ""
-        bare = raw[1:-1] if raw.startswith("<") and raw.endswith(">") else raw
-        address = cls(bare)
+        address = cls(without_brackets(raw))
         address._raw = raw
         address._params = Params(arguments[1:])
         return address

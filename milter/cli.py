@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The command ``milter``: finds the subcommand, and leaves the rest to its module."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from milter import checker, inspector
+from milter._version import VERSION
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code. Wrong arguments exit with 2, as argparse does."""
+    parsed = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    run = parsed.run
+    code: int = run(parsed)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="milter", description="Mail filters for Postfix and Sendmail.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    inspect = commands.add_parser("inspect", help="print every stage of every conversation")
+    inspector.add_arguments(inspect)
+    inspect.set_defaults(run=inspector.main)
+
+    check = commands.add_parser("check", help="play the MTA: send a message to a filter")
+    checker.add_arguments(check)
+    check.set_defaults(run=checker.main)
+
+    version = commands.add_parser("version", help="print the versions of this library and of libmilter")
+    version.set_defaults(run=_version)
+    return parser
+
+
+def _version(parsed: argparse.Namespace) -> int:
+    from milter.engine import libmilter
+
+    running, compiled = (".".join(map(str, parts)) for parts in (libmilter.version, libmilter.compiled_version))
+    print(f"milter {VERSION}")
+    print(f"libmilter {running} running, {compiled} compiled against")
+    print(f"Python {'.'.join(map(str, sys.version_info[:3]))}")
+    return 0

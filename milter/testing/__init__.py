@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Testing mail filters without an MTA: the MTA's side of the milter protocol.
+
+The public names of this package, nothing else. ``milter`` itself does not import it.
+
+>>> from milter.testing import Envelope, Message
+>>> Envelope.of("ann@client.example", "bob@mta.example").sender.path
+'<ann@client.example>'
+"""
+
+from milter.testing.client import (
+    Client,
+    ClientAddress,
+    EndOfMessage,
+    Outcome,
+    PeerClosed,
+    PeerTimeout,
+    Session,
+    StageAnswer,
+    Transcript,
+)
+from milter.testing.delivery import (
+    MTA,
+    Delivery,
+    Envelope,
+    Header,
+    Mailbox,
+    Message,
+    ModificationError,
+    Postfix,
+    Sendmail,
+)
+from milter.testing.wire import (
+    Actions,
+    AddHeader,
+    AddRecipient,
+    Answer,
+    Change,
+    Command,
+    Decoder,
+    Event,
+    Family,
+    InsertHeader,
+    Negotiated,
+    Packet,
+    Progress,
+    Quarantine,
+    RemoveRecipient,
+    ReplaceBody,
+    ReplaceHeader,
+    ReplaceSender,
+    Response,
+    Steps,
+    Verdict,
+    WireError,
+)
+
+__all__ = [
+    "MTA",
+    "Actions",
+    "AddHeader",
+    "AddRecipient",
+    "Answer",
+    "Change",
+    "Client",
+    "ClientAddress",
+    "Command",
+    "Decoder",
+    "Delivery",
+    "EndOfMessage",
+    "Envelope",
+    "Event",
+    "Family",
+    "Header",
+    "InsertHeader",
+    "Mailbox",
+    "Message",
+    "ModificationError",
+    "Negotiated",
+    "Outcome",
+    "Packet",
+    "PeerClosed",
+    "PeerTimeout",
+    "Postfix",
+    "Progress",
+    "Quarantine",
+    "RemoveRecipient",
+    "ReplaceBody",
+    "ReplaceHeader",
+    "ReplaceSender",
+    "Response",
+    "Sendmail",
+    "Session",
+    "StageAnswer",
+    "Steps",
+    "Transcript",
+    "Verdict",
+    "WireError",
+]

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Fixtures for tests that run a filter on the real libmilter, in this process."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+from milter import Milter, Server
+from milter.testing import Client, EndOfMessage
+
+Serve: TypeAlias = Callable[..., "Peer"]
+
+
+class Peer:
+    """A filter that runs, as its MTA sees it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._clients: list[Client] = []
+
+    def client(self) -> Client:
+        """A connection on which nothing was said yet."""
+        client = Client.connect(self.server.socket)
+        self._clients.append(client)
+        return client
+
+    def greeted(self, **offer: int) -> Client:
+        """A connection after negotiation, connect and HELO."""
+        client = self.client()
+        client.negotiate(**offer)
+        client.connect_info()
+        client.helo()
+        return client
+
+    def hang_up(self) -> None:
+        for client in self._clients:
+            client.close()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Start a filter in this process; it is stopped after the test, and must have forgotten everyone."""
+    peers: list[Peer] = []
+
+    def start(app: Milter[Any, Any], **options: Any) -> Peer:
+        peer = Peer(app.start(f"unix:{tmp_path}/filter.sock", **options))
+        peers.append(peer)
+        return peer
+
+    yield start
+    for peer in peers:
+        peer.hang_up()
+        peer.server.stop()
+        assert peer.server.engine.connections == 0
+
+
+def begin_message(client: Client, recipient: str = "<bob@mta.example>") -> None:
+    """Sender, recipient, DATA."""
+    client.mail("<ann@client.example>")
+    client.rcpt(recipient)
+    client.data()
+
+
+def send_content(client: Client, body: bytes = b"text\r\n") -> EndOfMessage:
+    """Header, body and the end of a message."""
+    client.header("Subject", "test")
+    client.eoh()
+    if body:
+        client.body(body)
+    return client.end_of_message()
+
+
+def send_message(client: Client) -> EndOfMessage:
+    begin_message(client)
+    return send_content(client)
