@@ -48,7 +48,7 @@ def builder() -> FFI:
     ffi.set_source(
         "milter._shim",
         '#include "milter_shim.h"',
-        sources=[str(SHIM / "milter_shim.c")],
+        sources=[str(SHIM / "milter_shim.c"), str(SHIM / "macro_guard.c")],
         depends=[str(SHIM / "milter_shim.h"), str(SHIM / "cdef.h")],
         include_dirs=[str(SHIM), *directories(flags, "-I")],
         library_dirs=directories(flags, "-L"),

@@ -323,7 +323,7 @@ def _inet_reason(endpoint: InetEndpoint, failure: OSError) -> str:
 
 def _adopt(endpoint: PassedEndpoint, backlog: int) -> socket.socket:
     try:
-        opened = socket.socket(fileno=os.dup(endpoint.descriptor))
+        opened = duplicate(endpoint.descriptor)
     except OSError as failure:
         raise SocketError(f"{endpoint} is not an open socket: {failure.strerror}") from failure
     opened.set_inheritable(False)
@@ -339,6 +339,16 @@ def _adopt(endpoint: PassedEndpoint, backlog: int) -> socket.socket:
         opened.close()
         raise
     return opened
+
+
+def duplicate(descriptor: int) -> socket.socket:
+    """A socket of its own for an open descriptor. Raises OSError when it is closed, or no socket."""
+    copy = os.dup(descriptor)
+    try:
+        return socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise
 
 
 def _warn_of_strangers(endpoint: Endpoint, opened: socket.socket) -> None:

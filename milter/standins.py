@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from milter.errors import MilterError
+from milter.listener import duplicate
 
 _ATTEMPTS = 20
 _EPHEMERAL_PORTS = (49152, 65535)
@@ -97,13 +98,8 @@ def _descriptors() -> list[int]:
 
 def _listens(descriptor: int, family: int, address: tuple[str, int] | str) -> bool:
     try:
-        duplicate = os.dup(descriptor)
-    except OSError:
-        return False
-    try:
-        candidate = socket.socket(fileno=duplicate)
-    except OSError:  # not a socket
-        os.close(duplicate)
+        candidate = duplicate(descriptor)
+    except OSError:  # closed since it was listed, or no socket
         return False
     with candidate:
         return (

@@ -731,6 +731,7 @@ int milter_register(const char *name)
         .xxfi_data = on_data,
         .xxfi_negotiate = on_negotiate,
     };
+    milter_find_macro_arrays();
     return smfi_register(description);
 }
 
@@ -882,6 +883,7 @@ int milter_macro(struct milter_session *session, uint64_t token, const char *nam
 
     if (result != MILTER_OK)
         return result;
+    milter_mend_macros(session->ctx);
     const char *value = smfi_getsymval(session->ctx, text(name));
     result = MILTER_ABSENT;
     if (value != NULL) {

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""An MTA that is old, broken or hostile: each connection ends cleanly, and the others never notice."""
+
+import random
+from typing import Any
+
+import pytest
+
+from milter import Address, Context, EomContext, Milter, Params, Status
+from milter.testing import Client, Packet, PeerClosed, Verdict, WireError
+from tests.conftest import Peer, Serve, send_message
+
+OFFER = Packet(b"O", b"\0\0\0\6" + b"\0\0\1\xff" + b"\0\x1f\xff\xff").encode()
+
+CONVERSATION = [
+    (b"O", b"\0\0\0\6" + b"\0\0\1\xff" + b"\0\x1f\xff\xff"),
+    (b"D", b"Cj\0mta.example\0"),
+    (b"C", b"client.example\x004\x00\x19192.0.2.1\0"),
+    (b"H", b"client.example\0"),
+    (b"U", b"FOO\0"),
+    (b"D", b"Mi\0QID\0"),
+    (b"M", b"<ann@client.example>\0SIZE=100\0"),
+    (b"R", b"<bob@mta.example>\0"),
+    (b"T", b""),
+    (b"L", b"Subject\0test\0"),
+    (b"N", b""),
+    (b"B", b"text\r\n"),
+    (b"E", b""),
+    (b"A", b""),
+    (b"M", b"<ann@client.example>\0"),
+    (b"A", b""),
+    (b"Q", b""),
+]
+
+
+def everything() -> Milter[Any, Any]:
+    """A filter with handlers everywhere, which look at all there is."""
+    app = Milter("everything", leading_space=True, rejected_recipients=True)
+
+    def look(ctx: Context, *arguments: Any) -> Status:
+        _ = (ctx.id, ctx.hostname, ctx.address, ctx.helo, ctx.sender, ctx.recipients, dict(ctx.macros), ctx.session)
+        return Status.CONTINUE
+
+    for stage in ("connect", "helo", "mail", "rcpt", "data", "header", "eoh", "body", "unknown", "abort", "close"):
+        getattr(app, f"on_{stage}")(look if stage not in ("abort", "close") else lambda ctx: look(ctx) and None)
+
+    @app.on_eom
+    def eom(ctx: EomContext) -> Status:
+        look(ctx)
+        ctx.add_header("X-Seen", "yes")
+        ctx.replace_body(b"new\r\n")
+        ctx.transaction.done = True
+        return Status.CONTINUE
+
+    return app
+
+
+@pytest.fixture
+def peer(serve: Serve) -> Peer:
+    return serve(everything())
+
+
+def is_well(peer: Peer) -> bool:
+    client = peer.greeted()
+    well = send_message(client).answer.verdict is Verdict.CONTINUE
+    client.close()
+    return well
+
+
+def read_until_closed(client: Client) -> None:
+    def read() -> None:
+        while True:
+            client.receive()
+
+    with pytest.raises(PeerClosed):
+        read()
+
+
+@pytest.mark.parametrize("count", range(len(CONVERSATION)))
+def test_a_connection_may_close_after_each_packet(peer: Peer, count: int) -> None:
+    client = peer.client()
+    for command, data in CONVERSATION[:count]:
+        client.send(command, data)
+    client.close()
+    assert is_well(peer)
+
+
+@pytest.mark.parametrize("count", range(1, len(CONVERSATION)))
+def test_a_connection_may_close_in_the_middle_of_each_packet(peer: Peer, count: int) -> None:
+    stream = b"".join(Packet(command, data).encode() for command, data in CONVERSATION[:count])
+    client = peer.client()
+    client._socket.sendall(stream[:-1])
+    client.close()
+    assert is_well(peer)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\0\0\0\0",
+        b"\0\0\0\0\0\0\0\0",
+        b"\xff\xff\xff\xff\xff",
+        b"\x7f\xff\xff\xffO",
+        b"\x80\0\0\0O",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"EHLO client.example\r\n",
+        b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03",
+        b"\0\0\0\1Z",
+        b"\0\0\0\1O",
+        b"\0\0\0\5O\0\0\0\6",
+        b"\0\0\0\1M",
+        b"\0\0\0\1K",
+    ],
+    ids=repr,
+)
+def test_garbage_instead_of_an_offer_ends_the_connection_or_is_ignored(peer: Peer, garbage: bytes) -> None:
+    client = peer.client()
+    client._socket.sendall(garbage)
+    client._socket.shutdown(1)
+    read_until_closed(client)
+    assert is_well(peer)
+
+
+@pytest.mark.parametrize(
+    ("command", "data"),
+    [
+        (b"C", b""),
+        (b"C", b"host"),
+        (b"C", b"host\0"),
+        (b"C", b"host\x004"),
+        (b"C", b"host\x004\0\x19"),
+        (b"C", b"host\x004\0\x19not an address\0"),
+        (b"C", b"host\x006\0\x19192.0.2.1\0"),
+        (b"C", b"host\0L\0\0/" + b"x" * 200 + b"\0"),
+        (b"C", b"host\0Z\0\x19192.0.2.1\0"),
+        (b"M", b""),
+        (b"M", b"no final nul"),
+        (b"R", b""),
+        (b"L", b""),
+        (b"L", b"name only\0"),
+        (b"L", b"name\0no final nul"),
+        (b"D", b""),
+        (b"D", b"Z"),
+        (b"D", b"Ci"),
+        (b"Z", b"unknown command"),
+    ],
+)
+def test_a_malformed_packet_after_the_offer_harms_nobody(peer: Peer, command: bytes, data: bytes) -> None:
+    client = peer.client()
+    client.send(b"O", b"\0\0\0\6" + b"\0\0\1\xff" + b"\0\x1f\xff\xff")
+    client.send(command, data)
+    client._socket.shutdown(1)
+    read_until_closed(client)
+    assert is_well(peer)
+
+
+def test_a_packet_over_the_limit_of_the_data_size_ends_the_connection(peer: Peer) -> None:
+    client = peer.greeted()
+    client.mail("<ann>")
+    client.rcpt("<bob>")
+    with pytest.raises(WireError):
+        client.header("X", "v" * 70000)
+    assert is_well(peer)
+
+
+def test_commands_in_an_order_that_no_mta_sends_are_ignored(peer: Peer) -> None:
+    client = peer.client()
+    client.negotiate()
+    for command, data in [(b"E", b""), (b"L", b"a\0b\0"), (b"R", b"<bob>\0"), (b"T", b""), (b"B", b"x"), (b"K", b"")]:
+        client.send(command, data)
+    client.helo()  # answered
+    client.close()
+    assert is_well(peer)
+
+
+def test_a_message_before_any_offer_is_not_accepted(peer: Peer) -> None:
+    client = peer.client()
+    client.send(b"M", b"<ann>\0")
+    assert client.receive().letter == b"t"
+    client.close()
+    assert is_well(peer)
+
+
+def test_an_mta_that_goes_on_after_the_verdict_gets_the_verdict_again(serve: Serve) -> None:
+    """A DISCARD of a recipient leaves libmilter in the envelope; what comes must not be accepted."""
+    app = Milter("test")
+    stages: list[str] = []
+
+    @app.on_rcpt
+    def rcpt(ctx: Context, recipient: Address, params: Params) -> Status:
+        stages.append("rcpt")
+        return Status.DISCARD
+
+    app.on_header(lambda ctx, name, value: stages.append("header"))
+    app.on_eom(lambda ctx: stages.append("eom"))
+    client = serve(app).greeted()
+    client.mail("<ann>")
+    answers = [client.rcpt("<bob>"), client.rcpt("<carl>"), client.header("Subject", "x")]
+    assert [answer and answer.verdict for answer in answers] == [Verdict.DISCARD] * 3
+    assert stages == ["rcpt"]
+
+
+@pytest.mark.parametrize("data", [b"j", b"j\0", b"j\0mta\0i\0", b"\0", b"\0\0\0", b"i\0one\0i\0two\0i\0"], ids=repr)
+@pytest.mark.parametrize("stage", b"CHMRTNE", ids=chr)
+def test_a_macro_without_a_value_crashes_nobody(peer: Peer, stage: int, data: bytes) -> None:
+    """libmilter's own look-up reads past the end of such a list."""
+    client = peer.greeted()
+    client.send(b"D", bytes([stage]) + data)
+    client.mail("<ann>")
+    client.send(b"D", bytes([stage]) + data)
+    client.rcpt("<bob>")
+    client.close()
+    assert is_well(peer)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_conversations_harm_nobody(peer: Peer, seed: int) -> None:
+    choose = random.Random(seed)
+    client = peer.client()
+    client._socket.sendall(OFFER)
+    try:
+        for _ in range(60):
+            command, data = choose.choice([*CONVERSATION[1:], (b"K", b""), (b"E", b"data at the end")])
+            if choose.random() < 0.1:
+                data = data[: choose.randrange(len(data) + 1)] + choose.randbytes(choose.randrange(5))
+            if command == b"U" and not data.endswith(b"\0"):
+                continue  # libmilter hands on what has no end: not the filter's to guard
+            client.send(command, data)
+        client._socket.shutdown(1)
+        read_until_closed(client)
+    except PeerClosed:
+        pass
+    assert is_well(peer)
