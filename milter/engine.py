@@ -37,6 +37,7 @@ from milter.envelope import Address, ClientAddress, InetAddress, UnixAddress
 from milter.errors import ActionError, ContextError, HandlerError, MilterError
 from milter.plan import Plan, make_plan
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage
+from milter.signals import wait_for_signal_thread
 from milter.standins import Placeholder, unreachable_listener
 from milter.verdict import MEANINGFUL, Reply, Status, Verdict
 
@@ -597,6 +598,7 @@ class Libmilter:
         self._family: int | None = None
         self._descriptor = -1
         self._asleep_at: list[socket.socket] = []
+        self._behind: tuple[int, int] | None = None
         self.ended, self._end = -1, -1
 
     @property
@@ -619,6 +621,8 @@ class Libmilter:
         when it starts.
         """
         with self._lock:
+            if self._family is not None and not self._listens():
+                raise MilterError("libmilter has ended in this process, and cannot be started again")
             if self._family is None:
                 self._start(listener, name, timeout, debug, max_data_size)
             elif self._family != listener.family:
@@ -630,9 +634,15 @@ class Libmilter:
                 self._put(listener)
                 self._wake(listener)
 
+    def ended_well(self) -> bool:
+        """Once `ended` can be read: did libmilter end because it took a signal? Else it gave up."""
+        return os.read(self.ended, 1) == b"s"
+
     def pause(self, listener: socket.socket | None) -> None:
         """Accept no more connections. `listener` is the one until now, if it is this process's alone."""
         with self._lock:
+            if not self._listens():
+                return
             unreachable = unreachable_listener()
             self._put(unreachable)
             self._asleep_at = [unreachable, *([listener.dup()] if listener is not None else [])]
@@ -655,10 +665,20 @@ class Libmilter:
         error = lib.milter_serve(self._end)
         if error != 0:
             raise MilterError(f"no thread for libmilter: {os.strerror(error)}")
+        wait_for_signal_thread()
         self._family = listener.family
 
     def _put(self, listener: socket.socket) -> None:
         os.dup2(listener.fileno(), self._descriptor, inheritable=False)
+        self._behind = _identity(self._descriptor)
+
+    def _listens(self) -> bool:
+        """Is the descriptor still libmilter's?
+
+        Its thread for signals may take one that came at the moment of the start, before Python's main
+        thread could. libmilter then closes the descriptor at once, and its number may be another's.
+        """
+        return _identity(self._descriptor) == self._behind
 
     def _wake(self, listener: socket.socket) -> None:
         """libmilter may sleep in poll() for up to five seconds at a socket that was replaced.
@@ -677,6 +697,14 @@ class Libmilter:
 
 
 libmilter = Libmilter()
+
+
+def _identity(descriptor: int) -> tuple[int, int] | None:
+    try:
+        found = os.fstat(descriptor)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _family(family: int) -> str:

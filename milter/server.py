@@ -14,24 +14,22 @@ import atexit
 import contextlib
 import logging
 import os
-import select
-import signal
 import threading
 import time
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, TypedDict, Unpack
 
 from milter.app import Milter
 from milter.engine import Engine, Run, libmilter
 from milter.errors import HandlerError, MilterError
 from milter.listener import Listener, open_listener
+from milter.signals import Bell
 
 __all__ = ["RunOptions", "Server", "run"]
 
 log = logging.getLogger("milter")
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _STEP = 50  # milliseconds between two looks at a signal while draining
 _LAST_WAIT = 2.0  # seconds that handlers get after the grace is over
 _EXIT_UNFINISHED = 70  # EX_SOFTWARE of sysexits.h
@@ -82,9 +80,7 @@ class Server:
         self._run: Run | None = None
         self._failure: HandlerError | None = None
         self._stopped = False
-        # What asks for the stop (a signal's handler, a handler that raised, another thread) writes a byte.
-        self._stop_reader, self._stop_writer = os.pipe()
-        os.set_blocking(self._stop_writer, False)
+        self._bell = Bell()
 
     @property
     def socket(self) -> str:
@@ -103,7 +99,7 @@ class Server:
             self._start()
         except BaseException:
             self._stopped = True
-            self._close_pipe()
+            self._bell.close()
             raise
         return self
 
@@ -137,16 +133,15 @@ class Server:
         log.info("%s is listening on %s", self._app.name, listener)
 
     def request_stop(self) -> None:
-        """Ask for the stop, from a handler, a signal's handler or another thread; returns at once."""
-        with contextlib.suppress(OSError):
-            os.write(self._stop_writer, b"s")
+        """Ask for the stop, from a handler or any thread; returns at once."""
+        self._bell.ring()
 
     def wait(self) -> None:
         """Wait until somebody asks for the stop. Raises :class:`MilterError` when libmilter gives up by itself."""
-        ready, _, _ = select.select([self._stop_reader, libmilter.ended], [], [])
-        if self._stop_reader not in ready:
+        if self._bell.wait(libmilter.ended):
+            return
+        if not libmilter.ended_well():
             raise MilterError("libmilter has stopped serving; the system's log (facility mail) tells why")
-        os.read(self._stop_reader, 1)
 
     def stop(self, grace: float | None = None) -> None:
         """Stop: drain for at most `grace` seconds, then end. A second request to stop ends the draining.
@@ -155,15 +150,17 @@ class Server:
         """
         if self._stopped:
             return
-        self._stopped = True
         if self._run is None or self._listener is None:
             raise MilterError("the filter was never started")
+        self._stopped = True
         libmilter.pause(self._listener.exclusive)
         self._listener.close()
         self._drain(self._run, self._options["grace"] if grace is None else grace)
-        for hook in self._app.stop_hooks:
-            hook()
-        self._close_pipe()
+        try:
+            for hook in self._app.stop_hooks:
+                hook()
+        finally:
+            self._bell.close()
         if self._failure is not None:
             raise self._failure
 
@@ -172,7 +169,7 @@ class Server:
         open_sessions = run.wait_sessions(0)
         if open_sessions:
             log.info("waiting up to %g seconds for %d connections to end", grace, open_sessions)
-        while time.monotonic() < end and not self._asked_again() and run.wait_sessions(_STEP):
+        while time.monotonic() < end and not self._bell.rings() and run.wait_sessions(_STEP):
             pass
         run.close_gate()
         if run.wait_handlers(int(_LAST_WAIT * 1000)):
@@ -181,19 +178,11 @@ class Server:
         run.forget()
         _running.discard(self)
 
-    def _asked_again(self) -> bool:
-        ready, _, _ = select.select([self._stop_reader], [], [], 0)
-        return bool(ready)
-
     def _shut_down(self, failure: HandlerError) -> None:
         """By the engine, on a thread of libmilter: on_error="shutdown"."""
         if self._failure is None:
             self._failure = failure
         self.request_stop()
-
-    def _close_pipe(self) -> None:
-        os.close(self._stop_reader)
-        os.close(self._stop_writer)
 
     def __enter__(self) -> "Server":
         return self
@@ -209,30 +198,12 @@ def run(app: Milter[Any, Any], socket: str | None, **options: Unpack[RunOptions]
     if threading.current_thread() is not threading.main_thread():
         raise MilterError("run() belongs into the main thread, which gets the signals; use start() elsewhere")
     server = Server(app, socket, **options)
-    with _signals_stop(server):
+    with server._bell.rung_by_signals():
         server.start()
         try:
             server.wait()
         finally:
             server.stop()
-
-
-# ---- Signals ---------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _signals_stop(server: Server) -> Iterator[None]:
-    """Signals ask for the stop. Installed before libmilter's threads start, or one could end the process."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        server.request_stop()
-
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 # ---- One filter at a time --------------------------------------------------------------------

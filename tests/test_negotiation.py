@@ -204,35 +204,6 @@ def test_macros_are_asked_for_only_where_the_mta_takes_lists(serve: Serve) -> No
 # ---- Ways through libmilter's table of states
 
 
-CONTENT_STAGES = ("data", "header", "eoh", "body", "unknown")
-
-
-@pytest.mark.parametrize(
-    "handled", [set(c) for n in range(6) for c in itertools.combinations(CONTENT_STAGES, n)], ids=str
-)
-def test_no_command_is_dropped_whichever_stages_have_handlers(serve: Serve, handled: set[str]) -> None:
-    """Each legal order of commands is answered; libmilter drops those it finds no way to without a word."""
-    app = Milter("test")
-    for stage in handled:
-        getattr(app, f"on_{stage}")(replying)
-    client = serve(app).greeted()
-    client.timeout = 20
-    for unknown, header, eoh, body in itertools.product((True, False), repeat=4):
-        client.unknown("FOO")
-        client.mail("<ann>")
-        client.rcpt("<bob>")
-        if unknown:
-            client.unknown("FOO")
-        client.data()
-        if header:
-            client.header("Subject", "test")
-        if eoh or body:
-            client.eoh()
-        if body:
-            client.body(b"text\r\n")
-        assert client.end_of_message().answer.verdict is Verdict.CONTINUE
-
-
 @pytest.mark.parametrize("steps", [V2_STEPS, V3_STEPS])
 def test_an_mta_that_sends_no_data_does_not_get_stuck_after_an_unknown_command(serve: Serve, steps: int) -> None:
     app = Milter("test")

@@ -740,9 +740,9 @@ static void *serve(void *argument)
 {
     const int wake_fd = (int)(intptr_t)argument;
 
-    smfi_main();
-    /* libmilter gave up (or took a signal): whoever waits at the other end must hear of it. */
-    while (write(wake_fd, "!", 1) < 0 && errno == EINTR)
+    /* libmilter's own thread for signals took one (and so it ended well), or it gave up. */
+    const char *end = smfi_main() == MI_SUCCESS ? "s" : "!";
+    while (write(wake_fd, end, 1) < 0 && errno == EINTR)
         continue;
     return NULL;
 }
