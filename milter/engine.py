@@ -418,7 +418,10 @@ class Engine:
     ) -> Decision:
         """A handler raised: tell the log, and give the answer that the filter's policy has for it."""
         policy = self.app.on_error
-        decision = Status.TEMPFAIL if policy == "shutdown" or isinstance(policy, str) else policy
+        decision = Status.TEMPFAIL if isinstance(policy, str) else policy
+        transaction = connection.transaction
+        if transaction is not None and transaction.body_failure is not None and _status(decision) not in _REFUSALS:
+            decision = Status.TEMPFAIL  # no policy lets half a body pass
         log.error(
             "%s failed in %s (client %a [%s], queue id %a); %s",
             handler.name,

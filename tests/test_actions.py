@@ -291,16 +291,27 @@ def test_a_second_new_body_is_refused_since_it_would_be_appended(serve: Serve) -
     assert at_end(serve, act).changes == (ReplaceBody(b"one"),)
 
 
-def test_half_a_body_never_passes_even_when_the_handler_goes_on(serve: Serve) -> None:
+@pytest.mark.parametrize("policy", [Status.TEMPFAIL, Status.ACCEPT, Status.CONTINUE])
+@pytest.mark.parametrize("catches", [True, False])
+def test_half_a_body_never_passes_whatever_handler_and_policy_say(serve: Serve, catches: bool, policy: Status) -> None:
+    app = Milter("test", on_error=policy)
+
     def parts() -> Iterator[bytes]:
         yield b"one"
         raise OSError("the disk is gone")
 
-    def act(ctx: EomContext) -> None:
-        with pytest.raises(OSError, match="disk"):
+    @app.on_eom
+    def eom(ctx: EomContext) -> Status:
+        try:
             ctx.replace_body(parts())
+        except OSError:
+            if not catches:
+                raise
+        return Status.ACCEPT
 
-    assert at_end(serve, act).answer.verdict is Verdict.TEMPFAIL
+    client = serve(app).greeted()
+    assert send_message(client).answer.verdict is Verdict.TEMPFAIL
+    assert send_message(client).answer.verdict is Verdict.TEMPFAIL
 
 
 # ---- Contexts that are kept

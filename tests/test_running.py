@@ -360,3 +360,58 @@ def test_stopping_twice_is_fine(serve: Serve) -> None:
     peer = serve(Milter("test"))
     peer.server.stop()
     peer.server.stop()
+
+
+# ---- Options and ends of their own
+
+
+def test_a_stop_can_be_asked_for_by_a_handler(run_filter: RunFilter) -> None:
+    process = run_filter("tests/filters/ends_itself.py", "inet:0@127.0.0.1", "stop")
+    greeted(process).close()
+    assert process.wait() == 0
+
+
+def test_libmilter_giving_up_is_an_error(run_filter: RunFilter) -> None:
+    process = run_filter("tests/filters/ends_itself.py", "inet:0@127.0.0.1", "break")
+    specification = process.socket
+    greeted(process).close()
+    Client.connect(specification).close()  # libmilter looks at its socket again
+    assert process.wait() == 1
+    assert "MilterError: libmilter has stopped serving" in process.stderr.lines[-1]
+
+
+def test_the_debug_level_shows_what_libmilter_does(run_filter: RunFilter) -> None:
+    process = run_filter("tests/filters/options.py", "inet:0@127.0.0.1", "debug=6")
+    greeted(process).close()
+    process.stop()
+    assert "got cmd 'H'" in process.stdout.text
+
+
+def test_half_a_command_is_given_up_after_the_timeout(run_filter: RunFilter) -> None:
+    process = run_filter("tests/filters/options.py", "inet:0@127.0.0.1", "timeout=1")
+    client = greeted(process)
+    client._socket.sendall(b"\0\0\0\x10M<ann")
+    with pytest.raises(PeerClosed):
+        client.receive()
+
+
+def test_larger_packets_are_taken_on_demand(run_filter: RunFilter) -> None:
+    process = run_filter("tests/filters/options.py", "inet:0@127.0.0.1", "max_data_size=1000000")
+    client = greeted(process)
+    client.mail("<ann>")
+    client.rcpt("<bob>")
+    client.data()
+    answer = client.header("X-Long", "x" * 200_000)
+    assert answer is not None
+    assert answer.verdict is Verdict.CONTINUE
+    assert process.stdout.wait_for("2") == "200000"
+    client.close()
+
+
+def test_many_connections_wait_to_be_accepted(run_filter: RunFilter) -> None:
+    process = run_filter("tests/filters/options.py", "inet:0@127.0.0.1", "backlog=200")
+    clients = [Client.connect(process.socket) for _ in range(200)]
+    for client in clients:
+        client.negotiate()
+    for client in clients:
+        client.close()

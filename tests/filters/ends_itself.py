@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A filter that ends itself: SOCKET stop asks for the stop, SOCKET break takes the socket from libmilter."""
+
+import os
+import sys
+
+from milter import ClientAddress, Context, Milter, Status
+from milter.engine import libmilter
+
+app = Milter("ends_itself")
+
+
+@app.on_connect
+def end(ctx: Context, hostname: str, address: ClientAddress) -> Status:
+    if sys.argv[2] == "stop":
+        server.request_stop()
+    else:
+        os.close(libmilter._descriptor)
+    return Status.CONTINUE
+
+
+with app.start(sys.argv[1]) as server:
+    server.wait()
