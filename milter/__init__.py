@@ -22,6 +22,7 @@ from milter.errors import (
     RegistrationError,
     SocketError,
     StageError,
+    TooEarlyError,
 )
 from milter.protocol import Actions, ProtocolOptions, Stage
 from milter.server import Server
@@ -49,6 +50,7 @@ __all__ = [
     "Stage",
     "StageError",
     "Status",
+    "TooEarlyError",
     "UnixAddress",
     "Verdict",
     "__version__",

@@ -71,8 +71,8 @@ def known_recipient(address: Address) -> bytes:
 def parameters(text: str | None) -> bytes | None:
     if text is None:
         return None
-    _require_text(text, "the ESMTP parameters")
-    _refuse_line_ends(text, "the ESMTP parameters")
+    _require_text(text, "the text of the ESMTP parameters")
+    _refuse_line_ends(text, "the text of the ESMTP parameters")
     return _encode(text)
 
 

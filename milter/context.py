@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol
 
 from milter import checks
 from milter.envelope import Address, ClientAddress, without_brackets
-from milter.errors import ActionError, ContextError, StageError
+from milter.errors import ActionError, ContextError, StageError, TooEarlyError
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, macro_name
 
 __all__ = ["Context", "EomContext", "NegotiateContext"]
@@ -148,10 +148,6 @@ class _Expired:
 _EXPIRED: Any = _Expired()
 
 
-class _WrongStage(StageError, AttributeError):
-    """So that ``hasattr`` answers instead of raising."""
-
-
 class _View:
     """A conversation and the call that may ask about it, until the engine calls :func:`expire`."""
 
@@ -261,7 +257,7 @@ class Context(_View, Generic[S, T]):
         def __getattr__(self, name: str) -> NoReturn:
             if name in _ACTIONS:
                 stage = self._call.stage.decorator
-                raise _WrongStage(f"{name}() is possible only at the end of the message, in on_eom, not in {stage}")
+                raise TooEarlyError(f"{name}() is possible only at the end of the message, in on_eom, not in {stage}")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 

@@ -220,18 +220,19 @@ def _client_address(family: str, port: str, host: str) -> ClientAddress:
 class _Connection(Conversation):
     """A conversation, and what the engine remembers of it besides."""
 
-    __slots__ = ("connection_failure", "message_failure", "skipped")
+    __slots__ = ("connect_failure", "helo_failure", "message_failure", "skipped")
 
     def __init__(self, number: int, app: Milter[Any, Any]) -> None:
         super().__init__(number, app.new_session, app.new_transaction)
-        self.connection_failure: Decision | None = None
+        self.connect_failure: Decision | None = None
+        self.helo_failure: Decision | None = None
         self.message_failure: Decision | None = None
         self.skipped: set[Handler] = set()
 
     @property
     def failure(self) -> Decision | None:
         """What the MTA is still to be told, since a handler raised in a stage that does not reply."""
-        return self.connection_failure or self.message_failure
+        return self.connect_failure or self.helo_failure or self.message_failure
 
     def end_message(self) -> None:
         self.transaction = None
@@ -313,6 +314,7 @@ class Engine:
         elif stage is Stage.HELO:
             connection.end_message()
             connection.helo = arguments[0]
+            connection.helo_failure = None
         elif stage is Stage.MAIL:
             connection.end_message()
             connection.transaction = Transaction(arguments[0])
@@ -343,8 +345,10 @@ class Engine:
 
     def _owe(self, decision: Decision, stage: Stage, connection: _Connection) -> None:
         """A handler raised where no reply is possible: the next stage that replies tells the MTA."""
-        if stage in (Stage.CONNECT, Stage.HELO):
-            connection.connection_failure = connection.connection_failure or decision
+        if stage is Stage.CONNECT:
+            connection.connect_failure = decision
+        elif stage is Stage.HELO:
+            connection.helo_failure = decision
         elif connection.transaction is not None:
             connection.message_failure = connection.message_failure or decision
 
@@ -422,6 +426,7 @@ class Engine:
         transaction = connection.transaction
         if transaction is not None and transaction.body_failure is not None and _status(decision) not in _REFUSALS:
             decision = Status.TEMPFAIL  # no policy lets half a body pass
+        decision = _fitting(decision, stage)
         log.error(
             "%s failed in %s (client %a [%s], queue id %a); %s",
             handler.name,
@@ -429,14 +434,14 @@ class Engine:
             connection.hostname,
             connection.address,
             _queue_id(call),
-            "no reply is possible there" if stage in _WITHOUT_REPLY else f"answer: {decision}",
+            "no reply is possible there" if stage in _WITHOUT_REPLY else f"answer: {_on_one_line(decision)}",
             exc_info=failure,
         )
         if policy == "shutdown":
             error = HandlerError(f"{handler.name} failed in {stage.decorator}: {failure!r}")
             error.__cause__ = failure
             self._on_shutdown(error)
-        return _fitting(decision, stage)
+        return decision
 
     # ---- Back to the shim
 
@@ -469,6 +474,10 @@ def _decides(stage: Stage, status: Status) -> bool:
 def _fitting(decision: Decision, stage: Stage) -> Decision:
     """The policy's answer, where the stage has a meaning for it; else to go on, as ACCEPT of an unknown command."""
     return decision if _status(decision) in MEANINGFUL[stage] else Status.CONTINUE
+
+
+def _on_one_line(decision: Decision) -> str:
+    return str(decision).replace("\n", " / ")
 
 
 def _queue_id(call: SessionCall) -> str | None:

@@ -30,6 +30,10 @@ class StageError(MilterError):
     """Something was asked of a context that its stage does not have, say an action before end of message."""
 
 
+class TooEarlyError(StageError, AttributeError):
+    """An action was asked of a context before the end of message. An AttributeError, so ``hasattr`` can answer."""
+
+
 class ActionError(MilterError):
     """A change of the message was not sent: the MTA did not grant it, or it did not fit, or the MTA is gone."""
 

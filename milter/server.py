@@ -168,7 +168,7 @@ class Server:
         end = time.monotonic() + grace
         open_sessions = run.wait_sessions(0)
         if open_sessions:
-            log.info("waiting up to %g seconds for %d connections to end", grace, open_sessions)
+            log.info("waiting up to %g seconds for the end of open connections: %d", grace, open_sessions)
         while time.monotonic() < end and not self._bell.rings() and run.wait_sessions(_STEP):
             pass
         run.close_gate()

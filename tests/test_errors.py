@@ -128,6 +128,22 @@ def test_a_message_whose_observer_failed_fails_also_when_it_was_aborted_and_begu
     assert send_message(client).answer.verdict is Verdict.TEMPFAIL
 
 
+def test_an_observer_of_helo_that_raises_fails_the_messages_until_the_next_helo(serve: Serve) -> None:
+    app = Milter("test")
+
+    @app.on_helo
+    def helo(ctx: Context, name: str) -> None:
+        if name == "broken":
+            raise RuntimeError
+
+    client = serve(app).greeted()
+    client.helo("broken")
+    assert send_message(client).answer.verdict is Verdict.TEMPFAIL
+    assert send_message(client).answer.verdict is Verdict.TEMPFAIL
+    client.helo("well")
+    assert send_message(client).answer.verdict is Verdict.CONTINUE
+
+
 @pytest.mark.parametrize("stage", ["connect", "helo"])
 def test_an_observer_of_the_connection_that_raises_fails_all_its_messages(serve: Serve, stage: str) -> None:
     app = Milter("test")

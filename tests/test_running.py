@@ -64,7 +64,7 @@ def test_a_message_under_way_is_finished_and_nobody_new_is_served(
     client.send(b"E")
     process.stdout.wait_for("at the end of a message")
     process.signal(number)
-    process.log.wait_for("waiting up to 30 seconds for 1 connections")
+    process.log.wait_for("waiting up to 30 seconds for the end of open connections: 1")
     with pytest.raises(SocketError):
         Client.connect(f"unix:{tmp_path}/filter.sock")
     process.say("go on")
