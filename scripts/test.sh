@@ -1,0 +1,62 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Install what is needed, build with the compiler's warnings as errors, and run all checks and tests.
+#
+#   sh scripts/test.sh [arguments for pytest]
+#
+# Makes .venv-test in the project directory, and milter/_shim*.so. PYTHON names the interpreter [python3].
+# Temporary files of the tests are removed afterwards; "KEEP=yes sh scripts/test.sh" leaves them.
+# The tests inside Postfix need root; without it they are skipped, or, where CI is set, fail.
+
+set -eu
+CDPATH='' cd -- "$(dirname -- "$0")/.."
+. scripts/debian.sh
+
+cleanup() {
+    if [ -z "${temporary:-}" ]; then return; fi
+    if [ -n "${KEEP:-}" ]; then echo "Temporary files: $temporary"; else rm -rf "$temporary"; fi
+}
+
+# Run one check, the others too if it fails.
+check() {
+    step "$1"
+    name=$1
+    shift
+    "$@" || failed="${failed:+$failed; }$name"
+}
+
+check_documentation() {
+    set -- milter README.md
+    if [ -d docs ]; then set -- "$@" docs; fi
+    python -m pytest -q --doctest-modules --doctest-glob='*.md' "$@"
+}
+
+begin
+# Without libsasl2-modules Postfix knows no way to log in, which a test does.
+install_packages miltertest libsasl2-modules
+install_postfix
+use_venv .venv-test
+
+step "Building with warnings as errors, and installing the test tools"
+(export MILTER_STRICT=1 && pip_install --editable '.[test]')
+PATH=$PWD/$VENV/bin:$PATH
+export PATH
+
+# Not in the project directory: the paths of Unix sockets must be short.
+temporary=$(mktemp -d "${TMPDIR:-/tmp}/milter.XXXXXX")
+export PYTEST_DEBUG_TEMPROOT="$temporary"
+
+failed=
+check "Python: ruff check" python -m ruff check
+check "Python: ruff format --check" python -m ruff format --check
+check "Python: mypy" python -m mypy
+check "C: ${CC:-cc} -Wall -Wextra -Werror" compile_strictly milter/shim/*.c
+check "Examples in the documentation: doctest" check_documentation
+check "Tests: pytest" python -m pytest "$@"
+
+step "Summing up"
+if [ -n "$failed" ]; then
+    STEP=$failed
+    exit 1
+fi
+echo "All checks and tests passed."
