@@ -308,7 +308,7 @@ class Milter(Generic[S, T]):
 
     @property
     def on_stop(self) -> Hook:
-        """After the process has served. No context."""
+        """After the process has served; the last one registered runs first. No context."""
         return Hook("on_stop", self.stop_hooks)
 
     # ---- Running ---------------------------------------------------------------------------

@@ -283,14 +283,14 @@ class Engine:
         connection = self._connections.get(number)
         if connection is None:
             connection = self._connections.setdefault(number, _Connection(number, self.app))
+        if call.stage is Stage.CLOSE:
+            del self._connections[number]
         decision: Decision = Status.CONTINUE
         for stage, arguments in read_log(text, chunk):
             if stage is _End:
                 connection.end_message()
             elif isinstance(stage, Stage):
                 decision = self._event(stage, arguments, connection, call)
-                if stage is Stage.CLOSE:
-                    self._connections.pop(number, None)
         return self._answer(decision, connection, call)
 
     # ---- Events

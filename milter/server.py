@@ -81,6 +81,7 @@ class Server:
         self._failure: HandlerError | None = None
         self._stopped = False
         self._bell = Bell()
+        self._process = os.getpid()
 
     @property
     def socket(self) -> str:
@@ -127,6 +128,7 @@ class Server:
         except BaseException:
             if self._run is not None:
                 self._run.close_gate()
+                self._run.forget()
             listener.close()
             raise
         self._listener = listener
@@ -138,8 +140,9 @@ class Server:
 
     def wait(self) -> None:
         """Wait until somebody asks for the stop. Raises :class:`MilterError` when libmilter gives up by itself."""
-        if self._bell.wait(libmilter.ended):
-            return
+        with self._bell.woken_by_signals():
+            if self._bell.wait(libmilter.ended):
+                return
         if not libmilter.ended_well():
             raise MilterError("libmilter has stopped serving; the system's log (facility mail) tells why")
 
@@ -148,7 +151,7 @@ class Server:
 
         Raises :class:`HandlerError` when the stop came from a handler (``on_error="shutdown"``).
         """
-        if self._stopped:
+        if self._stopped or self._process != os.getpid():  # a child of fork() has a copy, and no libmilter
             return
         if self._run is None or self._listener is None:
             raise MilterError("the filter was never started")
@@ -156,11 +159,10 @@ class Server:
         libmilter.pause(self._listener.exclusive)
         self._listener.close()
         self._drain(self._run, self._options["grace"] if grace is None else grace)
-        try:
+        with contextlib.ExitStack() as stack:  # each of them, the last first, whatever the others raise
+            stack.callback(self._bell.close)
             for hook in self._app.stop_hooks:
-                hook()
-        finally:
-            self._bell.close()
+                stack.callback(hook)
         if self._failure is not None:
             raise self._failure
 
@@ -229,7 +231,8 @@ def _only_one(server: Server) -> Iterator[None]:
 @atexit.register
 def _leave() -> None:
     """A handler that enters a finalized interpreter would crash the process: let none, wait for the last ones."""
-    runs = [server._run for server in _running if server._run is not None]
+    here = [server for server in _running if server._process == os.getpid()]
+    runs = [server._run for server in here if server._run is not None]
     for started in runs:
         started.close_gate()
     if any(started.wait_handlers(int(_LAST_WAIT * 1000)) for started in runs):

@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,14 +66,25 @@ class Bell:
     def rung_by_signals(self) -> Iterator[None]:
         """Installed before libmilter's threads start, or a signal that one of them takes could end the process."""
         handlers = {number: signal.signal(number, _noted) for number in _SIGNALS}
-        descriptor = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        try:
+            with self.woken_by_signals():
+                yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    @contextlib.contextmanager
+    def woken_by_signals(self) -> Iterator[None]:
+        """Whoever waits here is woken by a signal; its handler, if there is one in Python, runs then."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._in_use += 1
         try:
             yield
         finally:
-            signal.set_wakeup_fd(descriptor)
-            for number, handler in handlers.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            signal.set_wakeup_fd(before)
             self.close()
 
 

@@ -388,6 +388,43 @@ def test_a_connection_that_drops_after_an_unknown_command_in_a_message_is_an_abo
     assert events == [("unknown", "FOO"), ("abort",), ("close",)]
 
 
+@pytest.mark.parametrize("after", ["mail", "helo"])
+def test_an_unknown_command_does_not_hide_that_a_message_was_given_up(serve: Serve, after: str) -> None:
+    """libmilter itself forgets there that a message was under way."""
+    app = Milter("test")
+    seen: list[tuple[str, str | None]] = []
+    app.on_unknown(lambda ctx, command: Status.CONTINUE)
+    app.on_abort(lambda ctx: seen.append(("abort", ctx.sender)))
+    app.on_helo(lambda ctx, name: seen.append(("helo", ctx.sender)))
+    client = serve(app).greeted()
+    client.mail("<one>")
+    client.rcpt("<bob>")
+    client.unknown("FOO")
+    if after == "mail":
+        send_message(client)
+    client.helo()
+    client.quit()
+    client.wait_for_close()
+    assert seen == [("helo", None), ("abort", "one"), ("helo", None)]
+
+
+def test_quit_nc_is_remembered_however_many_other_connections_end(serve: Serve) -> None:
+    app = Milter("test")
+    events = recorder(app, "connect")
+    peer = serve(app)
+    client = peer.greeted()
+    send_message(client)
+    client.quit_nc()
+    for _ in range(300):
+        other = peer.greeted()
+        other.quit()
+        other.wait_for_close()
+        other.close()
+    answer = client.connect_info("again")
+    assert answer is not None
+    assert events[-1][1] == "again"
+
+
 def test_close_is_told_even_when_nothing_else_was(serve: Serve) -> None:
     app = Milter("test")
     seen: list[tuple[Any, ...]] = []

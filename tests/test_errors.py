@@ -358,6 +358,7 @@ def test_a_failure_of_the_engine_is_a_temporary_failure_of_the_message(
     app = Milter("test")
     app.on_header(lambda ctx, name, value: Status.CONTINUE)
     client = serve(app).greeted()
+    send_message(client)  # so that the engine has heard of client and HELO
     begin_message(client)
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "enter", broken)
@@ -405,3 +406,44 @@ def test_an_answer_that_libmilter_does_not_know_is_a_temporary_failure(
     monkeypatch.undo()
     client.quit()
     client.wait_for_close()
+
+
+def test_what_an_engine_failure_loses_of_the_connection_fails_the_whole_connection(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client and its HELO waited in the log; without them no later message can be judged."""
+    app = Milter("test")
+
+    @app.on_mail
+    def mail(ctx: Context, sender: Address, params: Params) -> Status:
+        return Status.REJECT if ctx.hostname == "spammer.example" else Status.CONTINUE
+
+    client = serve(app).client()
+    client.negotiate()
+    client.connect_info("spammer.example")
+    client.helo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "enter", broken)
+        first = client.mail("<ann>")
+    second = client.mail("<ann>")
+    assert [first and first.verdict, second and second.verdict] == [Verdict.TEMPFAIL] * 2
+
+
+def test_a_failure_of_one_message_does_not_fail_what_is_not_of_it(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = Milter("test")
+    app.on_helo(lambda ctx, name: Status.CONTINUE)
+    app.on_data(lambda ctx: Status.CONTINUE)
+    client = serve(app).greeted()
+    client.mail("<ann>")
+    client.rcpt("<bob>")
+    client.helo()  # the log is read: an engine failure can lose nothing of the connection
+    client.mail("<ann>")
+    client.rcpt("<bob>")
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "enter", broken)
+        assert client.data() is not None
+    answer = client.helo()
+    assert answer is not None
+    assert answer.verdict is Verdict.CONTINUE

@@ -175,6 +175,32 @@ def test_a_start_without_a_socket_is_one_clear_error(tmp_path: Path) -> None:
         assert f"directory {tmp_path}/missing does not exist" in process.stderr.lines[-1]
 
 
+def test_each_stop_hook_runs_in_reverse_order_whatever_the_others_raise(serve: Serve) -> None:
+    app = Milter("test")
+    calls: list[str] = []
+
+    @app.on_stop
+    def first() -> None:
+        calls.append("first")
+
+    @app.on_stop
+    def second() -> None:
+        calls.append("second")
+        raise RuntimeError("the pool is gone")
+
+    peer = serve(app)
+    with pytest.raises(RuntimeError, match="the pool is gone"):
+        peer.server.stop()
+    assert calls == ["second", "first"]
+
+
+def test_a_forked_child_leaves_the_filter_of_its_parent_alone(run_filter: RunFilter, tmp_path: Path) -> None:
+    process = run_filter("tests/filters/forks.py", f"unix:{tmp_path}/filter.sock")
+    assert process.stdout.wait_for("child ended") == "child ended with 0"
+    greeted(process).close()
+    process.stop()
+
+
 # ---- Passed sockets
 
 

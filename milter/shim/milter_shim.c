@@ -71,7 +71,8 @@ enum {
     LOG_FULL = 64 * 1024,  /* a log of this size is delivered, wanted or not */
     CLOSED_SESSIONS = 256, /* how many closed sessions are remembered, see resume() */
     REPLY_LINES = 32,      /* libmilter's limit of lines in a reply */
-    BODY_PART = 1 << 30    /* bytes of one smfi_replacebody, which takes an int */
+    BODY_PART = 1 << 30,   /* bytes of one smfi_replacebody, which takes an int */
+    HANG_UP = 21           /* libmilter's _SMFIS_ABORT (engine.c): close the connection, without a reply */
 };
 
 enum failure { SOUND, MESSAGE_FAILED, CONNECTION_FAILED };
@@ -101,11 +102,13 @@ struct milter_session {
     bool seen;       /* Python has heard of this message */
     bool owed;
     bool tracked;
+    bool client_unread; /* the log holds CONNECT or HELO, which Python has not read */
     enum failure failure;
     sfsistat decision; /* of the last message that was decided */
     char *log;
     size_t log_size, log_capacity;
     size_t message_mark; /* where the message begins in the log */
+    size_t record_mark;  /* where the record of this event begins */
     struct milter_session *next_free;
 };
 
@@ -165,11 +168,11 @@ static struct milter_session *new_session(SMFICTX *ctx, struct milter_run *run)
     session->run = run;
     session->number = atomic_fetch_add(&last_number, 1) + 1;
     session->in_message = session->known = session->seen = false;
-    session->owed = session->tracked = false;
+    session->owed = session->tracked = session->client_unread = false;
     session->failure = SOUND;
     session->decision = SMFIS_TEMPFAIL;
     session->log = NULL;
-    session->log_size = session->log_capacity = session->message_mark = 0;
+    session->log_size = session->log_capacity = session->message_mark = session->record_mark = 0;
     session->next_free = NULL;
     atomic_fetch_add(&run->sessions, 1);
     return session;
@@ -188,7 +191,13 @@ static void release(struct milter_session *session)
     session->log = NULL;
 
     pthread_mutex_lock(&registry_lock);
-    closed_sessions[closed_count++ % CLOSED_SESSIONS] = closed;
+    unsigned place = closed_count % CLOSED_SESSIONS;
+    for (unsigned i = 0; i < CLOSED_SESSIONS; i++) /* malloc gives the same addresses again and again */
+        if (closed_sessions[i].ctx == closed.ctx)
+            place = i;
+    if (place == closed_count % CLOSED_SESSIONS)
+        closed_count++;
+    closed_sessions[place] = closed;
     session->next_free = free_sessions;
     free_sessions = session;
     pthread_mutex_unlock(&registry_lock);
@@ -201,21 +210,18 @@ static void release(struct milter_session *session)
  * same connection begins anew, without a negotiation, while what was negotiated
  * still holds. libmilter tells a filter neither that, nor when a connection is
  * gone for good; so the last sessions that ended are remembered by their
- * context. The newest one of a context is the right one: a context's memory is
- * used again only by a connection that negotiates, and so has a session.
+ * context, one for each address. A peer that skips the negotiation may find what
+ * another left behind there; nothing but CONNECT makes such a session sound, and
+ * CONNECT libmilter takes only after a negotiation.
  */
 static struct milter_session *resume(SMFICTX *ctx)
 {
     struct closed_session closed = {NULL, NULL, 0, 0};
 
     pthread_mutex_lock(&registry_lock);
-    for (unsigned back = 1; back <= CLOSED_SESSIONS && back <= closed_count; back++) {
-        const struct closed_session *candidate = &closed_sessions[(closed_count - back) % CLOSED_SESSIONS];
-        if (candidate->ctx == ctx) {
-            closed = *candidate;
-            break;
-        }
-    }
+    for (unsigned i = 0; i < CLOSED_SESSIONS && closed.ctx == NULL; i++)
+        if (closed_sessions[i].ctx == ctx)
+            closed = closed_sessions[i];
     pthread_mutex_unlock(&registry_lock);
     if (closed.ctx == NULL)
         return NULL;
@@ -227,15 +233,26 @@ static struct milter_session *resume(SMFICTX *ctx)
     session->actions = closed.actions;
     session->steps = closed.steps;
     pthread_mutex_unlock(&session->lock);
+    session->failure = CONNECTION_FAILED; /* unless this is CONNECT: then the caller knows better */
     smfi_setpriv(ctx, session);
     return session;
 }
 
-/* By each callback of libmilter but negotiate and close. NULL: out of memory, answer a failure. */
+/*
+ * By each callback of libmilter but connect, abort and close. NULL: there is no
+ * memory, or nothing is known of this connection. The answer is then HANG_UP: in
+ * a stage that does not reply, libmilter would forget the message at any other
+ * one, drop what follows, and leave the MTA waiting.
+ */
 static struct milter_session *session_of(SMFICTX *ctx)
 {
     struct milter_session *session = smfi_getpriv(ctx);
-    return session != NULL ? session : resume(ctx);
+
+    if (session == NULL)
+        session = resume(ctx);
+    if (session != NULL)
+        session->record_mark = session->log_size;
+    return session;
 }
 
 /* ---- The log ---------------------------------------------------------------------------- */
@@ -401,8 +418,11 @@ static int enter_python(struct milter_session *session, enum milter_stage stage,
     empty_log(session);
     if ((answer & MILTER_ANSWERED) == 0) {
         fail(session);
+        if (session->client_unread) /* lost now, and it does not come again */
+            session->failure = CONNECTION_FAILED;
         return 0;
     }
+    session->client_unread = false;
     session->owed = (answer & MILTER_OWED) != 0;
     session->tracked = (answer & MILTER_TRACKS) != 0;
     return answer;
@@ -455,7 +475,7 @@ static sfsistat conclude(struct milter_session *session, enum milter_stage stage
 
     if (stage >= MILTER_RCPT && stage <= MILTER_EOM && !session->in_message) {
         /* An MTA that goes on with a message after its verdict gets the verdict again. */
-        session->log_size = session->message_mark;
+        session->log_size = session->record_mark;
         return silent ? SMFIS_NOREPLY : session->decision;
     }
     if (wanted) {
@@ -477,8 +497,27 @@ static sfsistat conclude(struct milter_session *session, enum milter_stage stage
         if (!told)
             forget_message(session);
         session->seen = session->tracked = false;
+        if (session->failure == MESSAGE_FAILED)
+            session->failure = SOUND;
     }
     return verdict;
+}
+
+/* Once for each message that was begun and not decided, however often the MTA says ABORT. */
+static void abort_message(struct milter_session *session)
+{
+    if (!session->in_message)
+        return;
+    if (session->run->plan.mode[MILTER_ABORT] == MILTER_ENTER || session->tracked) {
+        log_text(session, "A");
+        enter_python(session, MILTER_ABORT, NULL, 0);
+        session->seen = session->tracked = false;
+    } else {
+        forget_message(session);
+    }
+    session->in_message = false;
+    if (session->failure == MESSAGE_FAILED)
+        session->failure = SOUND;
 }
 
 /* ---- libmilter's callbacks: each by a thread of libmilter, one at a time for a connection - */
@@ -525,11 +564,17 @@ static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsign
     }
 
     /*
-     * libmilter's table of states has no way from an unknown command to a header
-     * but by DATA: an MTA that sends no DATA must not send unknown commands.
+     * Ways that libmilter's table of states does not have (engine.c, next_states),
+     * where it would drop a command without an answer: from an unknown command to
+     * the header but by DATA, and from DATA to the body over a declined end of
+     * header alone.
      */
     if ((offered_steps & SMFIP_NODATA) == 0)
         *steps |= SMFIP_NOUNKNOWN & offered_steps;
+    if ((*steps & SMFIP_NOUNKNOWN) == 0)
+        *steps &= ~(unsigned long)SMFIP_NODATA;
+    if ((*steps & SMFIP_NOHDRS) == 0)
+        *steps &= ~(unsigned long)SMFIP_NOEOH;
 
     pthread_mutex_lock(&session->lock);
     session->actions = *actions;
@@ -540,10 +585,14 @@ static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsign
 
 static sfsistat on_connect(SMFICTX *ctx, char *hostname, _SOCK_ADDR *address)
 {
-    struct milter_session *session = session_of(ctx);
+    struct milter_session *session = smfi_getpriv(ctx);
 
+    if (session == NULL && (session = resume(ctx)) != NULL)
+        session->failure = SOUND;
     if (session == NULL)
-        return SMFIS_TEMPFAIL;
+        return HANG_UP;
+    abort_message(session);
+    session->client_unread = true;
     log_client(session, hostname, address);
     return conclude(session, MILTER_CONNECT, NULL, 0);
 }
@@ -553,7 +602,9 @@ static sfsistat on_helo(SMFICTX *ctx, char *name)
     struct milter_session *session = session_of(ctx);
 
     if (session == NULL)
-        return SMFIS_TEMPFAIL;
+        return HANG_UP;
+    abort_message(session);
+    session->client_unread = true;
     log_text(session, "H");
     log_text(session, name);
     return conclude(session, MILTER_HELO, NULL, 0);
@@ -564,9 +615,8 @@ static sfsistat on_mail(SMFICTX *ctx, char **arguments)
     struct milter_session *session = session_of(ctx);
 
     if (session == NULL)
-        return SMFIS_TEMPFAIL;
-    if (session->failure == MESSAGE_FAILED)
-        session->failure = SOUND;
+        return HANG_UP;
+    abort_message(session); /* an unknown command hides from libmilter that one is under way */
     session->in_message = true;
     session->seen = session->tracked = false;
     session->message_mark = session->log_size;
@@ -582,7 +632,7 @@ static sfsistat on_rcpt(SMFICTX *ctx, char **arguments)
     struct milter_session *session = session_of(ctx);
 
     if (session == NULL)
-        return SMFIS_TEMPFAIL;
+        return HANG_UP;
     log_arguments(session, "R", arguments);
     return conclude(session, MILTER_RCPT, NULL, 0);
 }
@@ -598,7 +648,7 @@ static sfsistat on_data(SMFICTX *ctx)
     struct milter_session *session = session_of(ctx);
 
     if (session == NULL)
-        return SMFIS_TEMPFAIL;
+        return HANG_UP;
     if (!ignored(session, MILTER_DATA))
         log_text(session, "T");
     return conclude(session, MILTER_DATA, NULL, 0);
@@ -609,7 +659,7 @@ static sfsistat on_header(SMFICTX *ctx, char *name, char *value)
     struct milter_session *session = session_of(ctx);
 
     if (session == NULL)
-        return SMFIS_TEMPFAIL;
+        return HANG_UP;
     if (!ignored(session, MILTER_HEADER)) {
         log_text(session, "L");
         log_text(session, name);
@@ -623,7 +673,7 @@ static sfsistat on_eoh(SMFICTX *ctx)
     struct milter_session *session = session_of(ctx);
 
     if (session == NULL)
-        return SMFIS_TEMPFAIL;
+        return HANG_UP;
     if (!ignored(session, MILTER_EOH))
         log_text(session, "N");
     return conclude(session, MILTER_EOH, NULL, 0);
@@ -635,7 +685,7 @@ static sfsistat on_body(SMFICTX *ctx, unsigned char *chunk, size_t size)
     struct milter_session *session = session_of(ctx);
 
     if (session == NULL)
-        return SMFIS_TEMPFAIL;
+        return HANG_UP;
     if (!ignored(session, MILTER_BODY))
         log_text(session, "B");
     return conclude(session, MILTER_BODY, chunk, size);
@@ -646,7 +696,7 @@ static sfsistat on_eom(SMFICTX *ctx)
     struct milter_session *session = session_of(ctx);
 
     if (session == NULL)
-        return SMFIS_TEMPFAIL;
+        return HANG_UP;
     log_text(session, "E");
     return conclude(session, MILTER_EOM, NULL, 0);
 }
@@ -656,27 +706,12 @@ static sfsistat on_unknown(SMFICTX *ctx, const char *command)
     struct milter_session *session = session_of(ctx);
 
     if (session == NULL)
-        return SMFIS_TEMPFAIL;
+        return HANG_UP;
     if (!ignored(session, MILTER_UNKNOWN)) {
         log_text(session, "U");
         log_text(session, command);
     }
     return conclude(session, MILTER_UNKNOWN, NULL, 0);
-}
-
-/* Once for each message that was begun and not decided, however often the MTA says ABORT. */
-static void abort_message(struct milter_session *session)
-{
-    if (!session->in_message)
-        return;
-    if (session->run->plan.mode[MILTER_ABORT] == MILTER_ENTER || session->tracked) {
-        log_text(session, "A");
-        enter_python(session, MILTER_ABORT, NULL, 0);
-        session->seen = session->tracked = false;
-    } else {
-        forget_message(session);
-    }
-    session->in_message = false;
 }
 
 static sfsistat on_abort(SMFICTX *ctx)
@@ -804,10 +839,11 @@ void milter_end(struct milter_run *run)
 static int wait_for_zero(atomic_int *count, int milliseconds)
 {
     const struct timespec pause = {0, 1000 * 1000};
+    int now; /* looked at once: callbacks that the gate turns away are counted for a moment, too */
 
-    while (atomic_load(count) != 0 && milliseconds-- > 0)
+    while ((now = atomic_load(count)) != 0 && milliseconds-- > 0)
         nanosleep(&pause, NULL);
-    return atomic_load(count);
+    return now;
 }
 
 /* Any thread, without the GIL. Returns how many connections are still open. */
@@ -1044,14 +1080,17 @@ int milter_quarantine(struct milter_session *session, uint64_t token, const char
     return end_action(session, smfi_quarantine(session->ctx, text(reason)));
 }
 
-/* Also by another thread than the handler's. Within a new body it would break it, and is left out. */
+/*
+ * Also by another thread than the handler's. Within a new body it would break it,
+ * and is left out; whether the body is whole shows only when something follows it.
+ */
 int milter_progress(struct milter_session *session, uint64_t token)
 {
     const int result = lock_for_action(session, token, 0, 0);
 
     if (result != MILTER_OK)
         return result;
-    const int sent = session->body == BODY_UNTOUCHED ? smfi_progress(session->ctx) : MI_SUCCESS;
+    const int sent = session->body != BODY_BEGUN ? smfi_progress(session->ctx) : MI_SUCCESS;
     pthread_mutex_unlock(&session->lock);
     return sent == MI_SUCCESS ? MILTER_OK : MILTER_FAILED;
 }
