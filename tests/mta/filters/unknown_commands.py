@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Answers unknown commands, and prints the names of header fields.
+
+python tests/mta/filters/unknown_commands.py SOCKET
+"""
+
+import sys
+
+from milter import Context, Milter, Reply, Status
+
+app = Milter("unknown_commands")
+
+
+@app.on_unknown
+def refuse(ctx: Context, command: str) -> Reply:
+    return Reply(502, "5.5.1", f"{command} is 100% unknown")
+
+
+@app.on_header
+def print_name(ctx: Context, name: str, value: str) -> Status:
+    print(name, flush=True)
+    return Status.CONTINUE
+
+
+if __name__ == "__main__":
+    app.run(sys.argv[1])
