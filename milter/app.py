@@ -284,7 +284,8 @@ class Milter(Generic[S, T]):
     def on_unknown(self) -> Register[Callable[[Context[S, T], str], Verdict]]:
         """An SMTP command that the MTA does not know (``xxfi_unknown``); it is refused in any case.
 
-        ``REJECT``, ``TEMPFAIL`` or a ``Reply`` change how. Postfix tells the verb, Sendmail the line.
+        ``REJECT``, ``TEMPFAIL`` or a ``Reply`` change how; Postfix 3.10 and newer keeps its own text for a
+        permanent refusal. Sendmail and Postfix 3.10 tell the whole line, older Postfix the verb.
         """
         return Register(self, Stage.UNKNOWN)
 

@@ -508,15 +508,15 @@ class TestUnknownCommands:
             known = client.command("NOOP")
 
         assert [str(answer) for answer in answers] == [
-            "502 5.5.1 FOO is 100% unknown",
-            "502 5.5.1 XYZZY is 100% unknown",
+            "450 4.5.1 FOO is 100% unknown",
+            "450 4.5.1 XYZZY is 100% unknown",
         ]
         assert known.code == 250
 
     @pytest.mark.parametrize(
         ("program", "reply", "output"),
         [
-            ((FILTERS / "unknown_commands.py",), "502 5.5.1 FOO is 100% unknown", ["From", "Subject"]),
+            ((FILTERS / "unknown_commands.py",), "450 4.5.1 FOO is 100% unknown", ["From", "Subject"]),
             ((FILTERS / "some_stages.py", "header"), "500 5.5.2 Error: command not recognized", ["header", "header"]),
         ],
         ids=["handled", "not-handled"],
