@@ -24,7 +24,7 @@ milter: pkg-config is missing, so libmilter cannot be found.
 Install it: Debian, Ubuntu: pkgconf; Fedora: pkgconf-pkg-config; Alpine: pkgconf; FreeBSD: pkgconf.
 """
 MISSING_LIBMILTER = """\
-milter: libmilter and its header libmilter/mfapi.h are missing, or the compiler does not find them.
+milter: libmilter and its header libmilter/mfapi.h are missing, or the compiler does not find them{reason}.
 Install it: Debian, Ubuntu: libmilter-dev; Fedora: sendmail-milter-devel; Alpine: libmilter-dev; FreeBSD: libmilter.
 """
 MISSING_COMPILER = """\
@@ -69,7 +69,7 @@ def libmilter_flags() -> list[str]:
         flags = pkg_config(path)
         if flags is not None:
             return with_parents(flags)
-    raise SystemExit(MISSING_LIBMILTER)
+    raise SystemExit(MISSING_LIBMILTER.format(reason=""))
 
 
 def pkg_config(path: Path | None) -> list[str] | None:
@@ -105,8 +105,8 @@ def probe(flags: list[str]) -> None:
         except FileNotFoundError:
             raise SystemExit(MISSING_COMPILER.format(compiler=compiler[0])) from None
     if result.returncode != 0:
-        reason = next((line for line in result.stderr.splitlines() if "error" in line), "")
-        raise SystemExit(MISSING_LIBMILTER + (f"The compiler said: {reason.strip()}\n" if reason else ""))
+        said = next((line.partition("error: ")[2] for line in result.stderr.splitlines() if "error: " in line), "")
+        raise SystemExit(MISSING_LIBMILTER.format(reason=f" ({said})" if said else ""))
 
 
 def directories(flags: list[str], option: str) -> list[str]:

@@ -201,6 +201,8 @@ class Milter(Generic[S, T]):
         self.handlers: dict[Stage, list[Handler]] = {stage: [] for stage in Stage}
         self.start_hooks: list[Callable[[], object]] = []
         self.stop_hooks: list[Callable[[], object]] = []
+        self.server: Server | None = None
+        """What serves this filter, while it runs."""
 
     def include(self, other: "Milter[Any, Any]") -> None:
         """Add the handlers and hooks of another filter, after those that are here already.
@@ -315,7 +317,7 @@ class Milter(Generic[S, T]):
     # ---- Running ---------------------------------------------------------------------------
 
     def run(self, socket: str | None = None, **options: "Unpack[RunOptions]") -> None:
-        """Serve until the process is told to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP or :meth:`Server.stop`.
+        """Serve until the process is told to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP or :meth:`stop`.
 
         Arguments:
             socket: where to listen, see :mod:`milter.listener`: ``inet:port@host``, ``unix:path``, …
@@ -328,6 +330,14 @@ class Milter(Generic[S, T]):
         from milter import server
 
         server.run(self, socket, **options)
+
+    def stop(self) -> None:
+        """Ask the running filter to stop, from a handler or any thread; returns at once.
+
+        Open connections get their grace, then :meth:`run` returns. Does nothing when the filter is not running.
+        """
+        if self.server is not None:
+            self.server.request_stop()
 
     def start(self, socket: str | None = None, **options: "Unpack[RunOptions]") -> "Server":
         """Serve in the background: a context manager that stops at its end. For embedding and tests.

@@ -100,6 +100,7 @@ class Server:
             self._start()
         except BaseException:
             self._stopped = True
+            self._app.server = None
             self._bell.close()
             raise
         return self
@@ -118,6 +119,7 @@ class Server:
                 for hook in self._app.start_hooks:
                     hook()
                 self._run = Run(Engine(self._app, self._shut_down))
+                self._app.server = self
                 libmilter.serve(
                     listener.socket,
                     self._app.name,
@@ -156,6 +158,7 @@ class Server:
         if self._run is None or self._listener is None:
             raise MilterError("the filter was never started")
         self._stopped = True
+        self._app.server = None
         libmilter.pause(self._listener.exclusive)
         self._listener.close()
         self._drain(self._run, self._options["grace"] if grace is None else grace)
@@ -196,7 +199,7 @@ class Server:
 
 
 def run(app: Milter[Any, Any], socket: str | None, **options: Unpack[RunOptions]) -> None:
-    """Serve until a signal or :meth:`Server.request_stop`; see :meth:`Milter.run <milter.Milter.run>`."""
+    """Serve until a signal or :meth:`Milter.stop <milter.Milter.stop>`; see :meth:`Milter.run <milter.Milter.run>`."""
     if threading.current_thread() is not threading.main_thread():
         raise MilterError("run() belongs into the main thread, which gets the signals; use start() elsewhere")
     server = Server(app, socket, **options)

@@ -443,3 +443,10 @@ def test_many_connections_wait_to_be_accepted(run_filter: RunFilter) -> None:
         client.negotiate()
     for client in clients:
         client.close()
+
+
+def test_asking_a_filter_to_stop_that_does_not_run_does_nothing(serve: Serve) -> None:
+    app = Milter("test")
+    app.stop()
+    serve(app).server.stop()
+    app.stop()

@@ -13,11 +13,10 @@ app = Milter("ends_itself")
 @app.on_connect
 def end(ctx: Context, hostname: str, address: ClientAddress) -> Status:
     if sys.argv[2] == "stop":
-        server.request_stop()
+        app.stop()
     else:
         os.close(libmilter._descriptor)
     return Status.CONTINUE
 
 
-with app.start(sys.argv[1]) as server:
-    server.wait()
+app.run(sys.argv[1])
