@@ -63,6 +63,6 @@ def libmilter_version() -> tuple[int, int, int]:
 
     It is the version of libmilter's interface, 1.0.1, not that of Sendmail.
     """
-    from milter.engine import libmilter
+    from milter.libmilter import libmilter
 
     return libmilter.version

@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _version(parsed: argparse.Namespace) -> int:
-    from milter.engine import libmilter
+    from milter.libmilter import libmilter
 
     running, compiled = (".".join(map(str, parts)) for parts in (libmilter.version, libmilter.compiled_version))
     print(f"milter {VERSION}")

@@ -3,7 +3,7 @@
 
 A context is made for one call of the handlers of a stage and expires with it; the
 :class:`Conversation` behind it lives as long as the connection. How the requests of a
-context reach libmilter is the engine's business: it gives each context a :class:`Call`.
+context reach libmilter is the binding's business: it gives each context a :class:`Call`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,7 +30,7 @@ else:
 
 
 class Call(Protocol):
-    """What the engine does for a context, as long as the call of its handlers lasts.
+    """What the binding does for a context, as long as the call of its handlers lasts.
 
     Each method raises :class:`ContextError` afterwards; the actions raise :class:`ActionError`
     when they were not sent.

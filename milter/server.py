@@ -21,8 +21,10 @@ from types import TracebackType
 from typing import Any, TypedDict, Unpack
 
 from milter.app import Milter
-from milter.engine import Engine, Run, libmilter
+from milter.binding import Run
+from milter.engine import Engine
 from milter.errors import HandlerError, MilterError
+from milter.libmilter import libmilter
 from milter.listener import Listener, open_listener
 from milter.signals import Bell
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from milter import Address, Context, EomContext, HandlerError, Milter, Params, Reply, Status
+from milter import Address, Context, EomContext, HandlerError, Milter, Params, Reply, Status, binding
 from milter.engine import Engine
 from milter.testing import Answer, Client, Verdict
 from tests.conftest import Serve, begin_message, send_content, send_message
@@ -399,7 +399,7 @@ def test_an_answer_that_libmilter_does_not_know_is_a_temporary_failure(
 ) -> None:
     app = Milter("test")
     app.on_eom(lambda ctx: None)
-    monkeypatch.setattr(Engine, "enter", lambda *arguments: answer)
+    monkeypatch.setattr(binding, "_encoded", lambda *arguments: answer)
     client = serve(app).greeted()
     begin_message(client)
     assert send_content(client).answer.verdict is Verdict.TEMPFAIL

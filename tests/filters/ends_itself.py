@@ -5,7 +5,7 @@ import os
 import sys
 
 from milter import ClientAddress, Context, Milter, Status
-from milter.engine import libmilter
+from milter.libmilter import libmilter
 
 app = Milter("ends_itself")
 

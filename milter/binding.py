@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""From C to the engine and back: what calls the shim, and what the shim calls.
+
+The life of a call, from here on (its beginning, in C, is told in shim/milter_shim.c):
+
+1. A thread of libmilter enters :func:`milter_python_enter` with a session, a token that is valid until the
+   call returns, and the session's log: everything that happened since the last call.
+2. The log is copied and decoded, and given to the :class:`Engine <milter.engine.Engine>` of the run that
+   the session belongs to.
+3. What a handler asks of its context goes through a :class:`SessionCall`, with session and token, to a
+   function of the shim, which checks the token under the session's lock.
+4. The answer goes back as a number: the verdict's, with flags. Whatever goes wrong on the way (an
+   exception here, a callback not attached, no memory) is the number 0, which the shim takes for a failure,
+   and answers as a temporary one.
+
+Only this module and :mod:`milter.libmilter` touch ``ffi`` and ``lib``.
+"""
+
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from milter._shim import ffi, lib
+from milter.engine import Answer, Engine, Negotiation
+from milter.errors import ActionError, ContextError
+from milter.plan import Plan
+from milter.protocol import Actions, MacroList, ProtocolOptions, Stage
+from milter.verdict import Reply
+
+log = logging.getLogger("milter")
+
+
+# ---- What a context asks of the shim ---------------------------------------------------------
+
+_RESULTS = {
+    lib.MILTER_NOT_EOM: "it is possible only at the end of the message, in on_eom",
+    lib.MILTER_NOT_GRANTED: "the MTA did not grant this action (or Milter(actions=…) did not ask for it)",
+    lib.MILTER_TOO_LONG: "it is longer than one packet of the protocol, 65,535 bytes",
+    lib.MILTER_BODY_OVER: "another change was sent after the first part of the new body, and Postfix fails "
+    "a message whose new body is interrupted; send all parts of the body one after another",
+    lib.MILTER_FAILED: "libmilter could not send it; the MTA has probably closed the connection",
+}
+
+
+def _check(result: int, action: str) -> None:
+    if result == lib.MILTER_OK:
+        return
+    if result == lib.MILTER_EXPIRED:
+        raise ContextError(f"{action} came too late: the handler of this context has returned")
+    raise ActionError(f"{action} was not sent: {_RESULTS.get(result, f'error {result}')}")
+
+
+class SessionCall:
+    """A session of the shim, for the time of one call; see :class:`milter.context.Call`."""
+
+    __slots__ = ("_plan", "_session", "_token", "stage")
+
+    def __init__(self, session: Any, token: int, stage: Stage, plan: Plan) -> None:
+        self._session = session
+        self._token = token
+        self._plan = plan
+        self.stage = stage
+
+    def macro(self, name: bytes) -> bytes | None:
+        size = 256
+        while True:
+            buffer = ffi.new("char[]", size)
+            length = lib.milter_macro(self._session, self._token, name, buffer, size)
+            if length == lib.MILTER_ABSENT:
+                return None
+            if length < 0:
+                _check(length, "the look-up of a macro")
+            if length < size:
+                value: bytes = ffi.unpack(buffer, length)
+                return value
+            size = length + 1
+
+    def macro_names(self) -> tuple[str, ...]:
+        return self._plan.known_macros
+
+    def granted(self) -> tuple[Actions, ProtocolOptions]:
+        masks = ffi.new("unsigned long[2]")
+        _check(lib.milter_granted(self._session, self._token, masks, masks + 1), "the question")
+        return Actions(masks[0]), ProtocolOptions(masks[1])
+
+    def request_macros(self, entry: MacroList, names: Sequence[str]) -> None:
+        text = " ".join(names).encode("ascii")
+        _check(lib.milter_request_macros(self._session, self._token, entry.value, text), "the request of macros")
+
+    def set_reply(self, reply: Reply) -> bool:
+        lines = [ffi.new("char[]", line) for line in reply.encoded]
+        code = str(reply.code).encode("ascii")
+        enhanced = ffi.NULL if reply.enhanced is None else ffi.new("char[]", reply.enhanced.encode("ascii"))
+        array = ffi.new("char *[]", lines)
+        result = lib.milter_set_reply(self._session, self._token, code, enhanced, array, len(lines))
+        return bool(result == lib.MILTER_OK)
+
+    def add_header(self, name: bytes, value: bytes) -> None:
+        _check(lib.milter_add_header(self._session, self._token, name, value), "add_header()")
+
+    def insert_header(self, index: int, name: bytes, value: bytes) -> None:
+        _check(lib.milter_insert_header(self._session, self._token, index, name, value), "insert_header()")
+
+    def change_header(self, name: bytes, index: int, value: bytes | None) -> None:
+        text = ffi.NULL if value is None else value
+        _check(lib.milter_change_header(self._session, self._token, name, index, text), "replace_header()")
+
+    def change_sender(self, address: bytes, parameters: bytes | None) -> None:
+        text = ffi.NULL if parameters is None else parameters
+        _check(lib.milter_change_sender(self._session, self._token, address, text), "replace_sender()")
+
+    def add_recipient(self, address: bytes, parameters: bytes | None) -> None:
+        text = ffi.NULL if parameters is None else parameters
+        _check(lib.milter_add_recipient(self._session, self._token, address, text), "add_recipient()")
+
+    def remove_recipient(self, address: bytes) -> None:
+        _check(lib.milter_remove_recipient(self._session, self._token, address), "remove_recipient()")
+
+    def send_body(self, data: bytes) -> None:
+        _check(lib.milter_send_body(self._session, self._token, data, len(data)), "a part of the new body")
+
+    def quarantine(self, reason: bytes) -> None:
+        _check(lib.milter_quarantine(self._session, self._token, reason), "quarantine()")
+
+    def progress(self) -> None:
+        _check(lib.milter_progress(self._session, self._token), "signal_progress()")
+
+
+# ---- The two ways in -------------------------------------------------------------------------
+
+_engines: dict[int, Engine] = {}
+_numbers = itertools.count(1)
+
+
+def _crashed(kind: type[BaseException], failure: BaseException, traceback: Any) -> None:
+    """The engine itself failed; the shim answers a temporary failure."""
+    log.critical("the engine failed; the MTA is told to try again later", exc_info=failure)
+
+
+@ffi.def_extern(error=0, onerror=_crashed)
+def milter_python_enter(
+    session: Any,
+    token: int,
+    number: int,
+    app: int,
+    stage: int,
+    text: Any,
+    size: int,
+    chunk: Any,
+    chunk_size: int,
+) -> int:
+    engine = _engines[app]
+    call = SessionCall(session, token, Stage(stage), engine.plan)
+    events = ffi.unpack(text, size).decode("utf-8", "surrogateescape") if size else ""
+    answer = engine.enter(call, number, events, ffi.unpack(chunk, chunk_size) if chunk_size else b"")
+    return _encoded(answer, call)
+
+
+@ffi.def_extern(error=0, onerror=_crashed)
+def milter_python_negotiate(
+    session: Any,
+    token: int,
+    number: int,
+    app: int,
+    offered_actions: int,
+    offered_steps: int,
+    actions: Any,
+    steps: Any,
+) -> int:
+    engine = _engines[app]
+    call = SessionCall(session, token, Stage.NEGOTIATE, engine.plan)
+    negotiation = Negotiation(offered_actions, offered_steps, actions[0], steps[0])
+    if not engine.negotiate(call, number, negotiation):
+        return 0
+    if Actions.REQUEST_MACROS in negotiation.offered_actions:
+        for entry, names in engine.plan.requests(negotiation.macros).items():
+            call.request_macros(entry, names)
+    actions[0] = int(negotiation.actions) | (actions[0] & Actions.REQUEST_MACROS)
+    steps[0] = negotiation.reduced(steps[0])
+    answered: int = lib.MILTER_ANSWERED
+    return answered
+
+
+def _encoded(answer: Answer, call: SessionCall) -> int:
+    decision = answer.decision
+    if isinstance(decision, Reply):
+        if not call.set_reply(decision):
+            log.error("libmilter refused the reply %r; the MTA sends its default text", decision)
+        decision = decision.status
+    number: int = lib.MILTER_ANSWERED | decision.value
+    if answer.owes:
+        number |= lib.MILTER_OWED
+    if answer.tracks:
+        number |= lib.MILTER_TRACKS
+    return number
+
+
+# ---- Runs ------------------------------------------------------------------------------------
+
+
+class Run:
+    """One run of an engine, from its first connection to the closing of the gate."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._number = next(_numbers)
+        _engines[self._number] = engine
+        plan, _keep_alive = _shim_plan(engine.plan, self._number)
+        self._run = lib.milter_begin(plan)
+        if not self._run:
+            raise MemoryError("no memory for a run of the filter")
+
+    def wait_sessions(self, milliseconds: int) -> int:
+        """Wait until no MTA is connected, or the time is over; how many still are."""
+        count: int = lib.milter_wait_sessions(self._run, milliseconds)
+        return count
+
+    def close_gate(self) -> None:
+        """No event enters Python any more: each is answered as a temporary failure."""
+        lib.milter_end(self._run)
+
+    def wait_handlers(self, milliseconds: int) -> int:
+        """Wait until no handler runs, or the time is over; how many still do."""
+        count: int = lib.milter_wait_handlers(self._run, milliseconds)
+        return count
+
+    def forget(self) -> None:
+        """After the gate is closed and no handler runs."""
+        _engines.pop(self._number, None)
+
+
+def _shim_plan(plan: Plan, number: int) -> tuple[Any, list[Any]]:
+    """The plan as the shim's struct, and what must live until the shim has copied it."""
+    struct = ffi.new("struct milter_plan *")
+    struct.app = number
+    for stage in Stage:
+        if stage is not Stage.NEGOTIATE:
+            struct.mode[stage.value] = _mode(plan, stage)
+    struct.actions = int(plan.actions)
+    struct.required = int(plan.requires)
+    struct.steps = int(plan.options)
+    struct.negotiates = plan.negotiates
+    texts = []
+    for entry, names in plan.requests({}).items():
+        text = ffi.new("char[]", " ".join(names).encode("ascii"))
+        texts.append(text)
+        struct.macros[entry.value] = text
+    return struct, texts
+
+
+def _mode(plan: Plan, stage: Stage) -> int:
+    if stage in plan.handled:
+        return int(lib.MILTER_ENTER)
+    return int(lib.MILTER_RECORD if stage in plan.remembered else lib.MILTER_IGNORE)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""libmilter itself, of which a process has one: started once, it serves until the process ends.
+
+What a server asks of it: serve a listening socket, stop serving it. The trick with the sockets is
+explained in :mod:`milter.standins`.
+"""
+
+import atexit
+import contextlib
+import os
+import socket
+import threading
+
+from milter._shim import ffi, lib
+from milter.errors import MilterError
+from milter.signals import wait_for_signal_thread
+from milter.standins import Placeholder, unreachable_listener
+
+
+class Libmilter:
+    """libmilter itself, of which a process has one: it is started once, and serves until the process ends.
+
+    It listens on a descriptor of its own making, behind which this class puts other sockets: the
+    listener of the filter that runs, or between two runs one that nobody can reach.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._family: int | None = None
+        self._descriptor = -1
+        self._asleep_at: list[socket.socket] = []
+        self._behind: tuple[int, int] | None = None
+        self.ended, self._end = -1, -1
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """The version of the library that runs."""
+        parts = ffi.new("unsigned int[3]")
+        lib.smfi_version(parts, parts + 1, parts + 2)
+        return (parts[0], parts[1], parts[2])
+
+    @property
+    def compiled_version(self) -> tuple[int, int, int]:
+        """The version of the header that this extension was compiled with."""
+        number = lib.SMFI_VERSION
+        return (number >> 24 & 0x7F, number >> 8 & 0x7FFF, number & 0x7F)
+
+    def serve(self, listener: socket.socket, name: str, timeout: int, debug: int, max_data_size: int) -> None:
+        """Accept connections from `listener`.
+
+        `name`, `timeout` (seconds) and `debug` count the first time in a process; libmilter reads them
+        when it starts.
+        """
+        with self._lock:
+            if self._family is not None and not self._listens():
+                raise MilterError("libmilter has ended in this process, and cannot be started again")
+            if self._family is None:
+                self._start(listener, name, timeout, debug, max_data_size)
+            elif self._family != listener.family:
+                raise MilterError(
+                    f"libmilter serves one kind of socket in a process, and began with {_family(self._family)}: "
+                    f"a filter on {_family(listener.family)} needs another process"
+                )
+            else:
+                self._put(listener)
+                self._wake(listener)
+
+    def ended_well(self) -> bool:
+        """Once `ended` can be read: did libmilter end because it took a signal? Else it gave up."""
+        return os.read(self.ended, 1) == b"s"
+
+    def pause(self, listener: socket.socket | None) -> None:
+        """Accept no more connections. `listener` is the one until now, if it is this process's alone."""
+        with self._lock:
+            if not self._listens():
+                return
+            unreachable = unreachable_listener()
+            self._put(unreachable)
+            self._asleep_at = [unreachable, *([listener.dup()] if listener is not None else [])]
+
+    def _start(self, listener: socket.socket, name: str, timeout: int, debug: int, max_data_size: int) -> None:
+        lib.milter_register(name.encode("utf-8", "surrogateescape"))
+        lib.smfi_settimeout(timeout)
+        lib.smfi_setdbg(debug)
+        lib.milter_set_max_data_size(max_data_size)
+        with Placeholder(listener.family) as placeholder:
+            for specification in placeholder.specifications():
+                lib.smfi_setconn(specification.encode("ascii"))
+                if lib.smfi_opensocket(False) == 0:
+                    break
+            else:
+                raise MilterError("libmilter could not open a socket; the system's log (facility mail) tells why")
+            self._descriptor = placeholder.find()
+        self._put(listener)
+        self.ended, self._end = os.pipe()
+        error = lib.milter_serve(self._end)
+        if error != 0:
+            raise MilterError(f"no thread for libmilter: {os.strerror(error)}")
+        wait_for_signal_thread()
+        self._family = listener.family
+
+    def _put(self, listener: socket.socket) -> None:
+        os.dup2(listener.fileno(), self._descriptor, inheritable=False)
+        self._behind = _identity(self._descriptor)
+
+    def _listens(self) -> bool:
+        """Is the descriptor still libmilter's?
+
+        Its thread for signals may take one that came at the moment of the start, before Python's main
+        thread could. libmilter then closes the descriptor at once, and its number may be another's.
+        """
+        return _identity(self._descriptor) == self._behind
+
+    def _wake(self, listener: socket.socket) -> None:
+        """libmilter may sleep in poll() for up to five seconds at a socket that was replaced.
+
+        Its shutdown wakes poll(), which looks at the descriptor again, and goes back to sleep unless
+        it finds something to do there. So a caller knocks at the new listener first, and leaves.
+        """
+        with socket.socket(listener.family) as caller:
+            caller.setblocking(False)
+            caller.connect_ex(listener.getsockname())
+            for replaced in self._asleep_at:
+                with contextlib.suppress(OSError):  # it was shut down before; poll() wakes all the same
+                    replaced.shutdown(socket.SHUT_RDWR)
+                replaced.close()
+        self._asleep_at = []
+
+    def forget_replaced(self) -> None:
+        """At the end of the process, which would complain of sockets that nobody has closed."""
+        for replaced in self._asleep_at:
+            replaced.close()
+
+
+libmilter = Libmilter()
+atexit.register(libmilter.forget_replaced)
+
+
+def _identity(descriptor: int) -> tuple[int, int] | None:
+    try:
+        found = os.fstat(descriptor)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _family(family: int) -> str:
+    return {socket.AF_UNIX: "a Unix socket", socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}.get(
+        socket.AddressFamily(family), str(family)
+    )
