@@ -174,12 +174,12 @@ class Context(_View, Generic[S, T]):
     Valid only while the handler runs; afterwards each use raises :class:`ContextError`, in any
     thread. Text is decoded as UTF-8 with ``surrogateescape``: nothing is lost, nothing raises.
 
-    Handlers find it under ``ctx``::
-
-        @app.on_rcpt
-        def on_rcpt(ctx: Context, recipient: str, params: Params) -> Status:
-            print(ctx.hostname, ctx.helo, ctx.sender, recipient)
-            return Status.CONTINUE
+    >>> from milter import Context, Milter, Params, Status
+    >>> app = Milter("example")
+    >>> @app.on_rcpt(macros=["{client_ptr}"])
+    ... def protect(ctx: Context, recipient: str, params: Params) -> Status:
+    ...     stranger = ctx.macros.get("{client_ptr}", "unknown") == "unknown"
+    ...     return Status.REJECT if stranger and recipient.startswith("boss@") else Status.CONTINUE
     """
 
     __slots__ = ()
@@ -267,6 +267,17 @@ class EomContext(Context[S, T]):
     Changes take effect only when the message is accepted. The MTA never tells whether it carried
     them out (libmilter's page of ``smfi_chgfrom``). Each method raises ``ValueError`` for an
     argument that would break the message, and :class:`ActionError` when the change was not sent.
+
+    >>> from milter import EomContext, Milter, Status
+    >>> app = Milter("example")
+    >>> @app.on_eom
+    ... def mark(ctx: EomContext) -> Status:
+    ...     ctx.add_header("X-Recipients", str(len(ctx.recipients)))
+    ...     for number in range(3, 0, -1):
+    ...         ctx.replace_header("X-Spam", number, None)  # the last one first
+    ...     if not ctx.sender:
+    ...         ctx.quarantine("a bounce, to be looked at")
+    ...     return Status.CONTINUE
     """
 
     __slots__ = ()
@@ -411,6 +422,13 @@ class NegotiateContext(_View):
     The library has already made its choice from the registered handlers; a handler of
     ``on_negotiate`` may take something away, or ask for macros. When it raises, the MTA does
     without the filter for this connection, in the way its configuration says.
+
+    >>> from milter import Actions, Milter, NegotiateContext, Stage
+    >>> app = Milter("example")
+    >>> @app.on_negotiate
+    ... def modest(ctx: NegotiateContext) -> None:
+    ...     ctx.actions = ctx.actions & ~Actions.REPLACE_BODY
+    ...     ctx.request_macros(Stage.CONNECT, ["{client_ptr}"])
     """
 
     __slots__ = ()
