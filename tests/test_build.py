@@ -2,6 +2,7 @@
 """build_milter.py: where libmilter is looked for, and what is said when something is missing."""
 
 import os
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,10 @@ def test_the_callers_pkg_config_path_is_kept_beside_ours(monkeypatch: pytest.Mon
         build_milter.libmilter_flags()
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked == ["/opt/a", os.pathsep.join([str(build_milter.HERE), "/opt/a"])]
+
+
+def test_the_extension_serves_all_later_pythons_where_there_is_a_gil() -> None:
+    from milter import _shim
+
+    free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+    assert (".abi3." in str(_shim.__file__)) is not free_threaded

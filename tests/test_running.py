@@ -37,14 +37,23 @@ def greeted(process: FilterProcess) -> Client:
     return client
 
 
+def has_ipv6() -> bool:
+    with socket.socket(socket.AF_INET6) as probe, contextlib.suppress(OSError):
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
 # ---- Signals
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("spec", ["unix:{}/filter.sock", "inet:0@127.0.0.1"])
+@pytest.mark.parametrize("spec", ["unix:{}/filter.sock", "inet:0@127.0.0.1", "inet6:0@::1"])
 def test_a_signal_ends_an_idle_filter_with_exit_code_0(
     run_filter: RunFilter, tmp_path: Path, number: signal.Signals, spec: str
 ) -> None:
+    if spec.startswith("inet6") and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
     process = run_filter("examples/client_addresses.py", spec.format(tmp_path))
     greeted(process).close()
     process.signal(number)
