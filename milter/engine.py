@@ -288,6 +288,9 @@ class Engine:
                 decision = self._failed(handler, failure, stage, connection, call)
                 if stage in (Stage.ABORT, Stage.CLOSE):
                     continue
+                if transaction is not None and decision is not Status.CONTINUE:
+                    # Where it only observes, its message goes on, though it is lost: one traceback is enough.
+                    connection.skipped.add(handler)
             if decision is Status.SKIP:
                 connection.skipped.add(handler)
             elif decision is not Status.CONTINUE:

@@ -34,6 +34,10 @@ class Peer:
         client.helo()
         return client
 
+    def forget(self, client: Client) -> None:
+        """Nobody needs to close it at the end."""
+        self._clients.remove(client)
+
     def hang_up(self) -> None:
         for client in self._clients:
             client.close()

@@ -96,6 +96,20 @@ def test_an_observer_that_raises_fails_its_message_at_the_end_and_no_other(serve
     assert send_message(client).answer.verdict is Verdict.CONTINUE
 
 
+def test_an_observer_that_raises_rests_for_the_rest_of_its_message(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = Milter("test")
+    app.on_header(broken_observer)
+    client = serve(app).greeted()
+    for _ in range(2):
+        begin_message(client)
+        for number in range(100):
+            client.header("X-Number", str(number))
+        assert send_content(client).answer.verdict is Verdict.TEMPFAIL
+    assert len(caplog.records) == 2
+
+
 def test_an_observer_that_raises_is_answered_at_the_next_stage_that_replies(serve: Serve) -> None:
     app = Milter("test")
     later: list[str] = []
