@@ -27,6 +27,7 @@ class Libmilter:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._family: int | None = None
+        self._process = 0
         self._descriptor = -1
         self._asleep_at: list[socket.socket] = []
         self._behind: tuple[int, int] | None = None
@@ -52,6 +53,8 @@ class Libmilter:
         when it starts.
         """
         with self._lock:
+            if self._family is not None and self._process != os.getpid():
+                raise MilterError("libmilter was started before this process was forked: fork first, then start")
             if self._family is not None and not self._listens():
                 raise MilterError("libmilter has ended in this process, and cannot be started again")
             if self._family is None:
@@ -98,6 +101,7 @@ class Libmilter:
             raise MilterError(f"no thread for libmilter: {os.strerror(error)}")
         wait_for_signal_thread()
         self._family = listener.family
+        self._process = os.getpid()
 
     def _put(self, listener: socket.socket) -> None:
         os.dup2(listener.fileno(), self._descriptor, inheritable=False)

@@ -223,7 +223,7 @@ _starting = threading.Lock()
 def _only_one(server: Server) -> Iterator[None]:
     """libmilter is one for the process, so one filter runs at a time; one after the other is fine."""
     with _starting:
-        if any(not other._stopped for other in _running):
+        if any(not other._stopped and other._process == os.getpid() for other in _running):
             raise MilterError("another filter is running in this process, and libmilter serves one at a time")
         _running.add(server)
         try:

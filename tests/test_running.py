@@ -207,6 +207,7 @@ def test_each_stop_hook_runs_in_reverse_order_whatever_the_others_raise(serve: S
 def test_a_forked_child_leaves_the_filter_of_its_parent_alone(run_filter: RunFilter, tmp_path: Path) -> None:
     process = run_filter("tests/filters/forks.py", f"unix:{tmp_path}/filter.sock")
     assert process.stdout.wait_for("child ended") == "child ended with 0"
+    assert "fork first, then start" in process.stdout.text
     greeted(process).close()
     process.stop()
 
