@@ -367,7 +367,7 @@ def _status(decision: Decision) -> Status:
 
 
 def _decides(stage: Stage, status: Status) -> bool:
-    """Is the message over with this verdict? A refused recipient is not the message."""
+    """Is the message over with this verdict? A refused recipient is not the message. See ends_message() in C."""
     if stage is Stage.RCPT:
         return status in (Status.ACCEPT, Status.DISCARD)
     return status not in (Status.CONTINUE, Status.SKIP)

@@ -18,9 +18,7 @@ from milter.standins import Placeholder, unreachable_listener
 
 
 class Libmilter:
-    """libmilter itself, of which a process has one: it is started once, and serves until the process ends.
-
-    It listens on a descriptor of its own making, behind which this class puts other sockets: the
+    """It listens on a descriptor of its own making, behind which this class puts other sockets: the
     listener of the filter that runs, or between two runs one that nobody can reach.
     """
 

@@ -379,11 +379,18 @@ static bool pass_gate(struct milter_run *run)
     return false;
 }
 
-/* By the thread that serves the session, before it enters Python. */
-static uint64_t open_session(struct milter_session *session, enum milter_stage stage)
+/*
+ * By the thread that serves the session, before it enters Python. Returns the
+ * token of the call, or 0 when the gate is closed; else end_call must follow.
+ */
+static uint64_t begin_call(struct milter_session *session, enum milter_stage stage)
 {
-    const uint64_t token = atomic_fetch_add(&last_token, 1) + 1;
+    if (!pass_gate(session->run))
+        return 0;
+    adopt_signal_mask();
+    session->known = true;
 
+    const uint64_t token = atomic_fetch_add(&last_token, 1) + 1;
     pthread_mutex_lock(&session->lock);
     session->token = token;
     session->stage = stage;
@@ -391,29 +398,26 @@ static uint64_t open_session(struct milter_session *session, enum milter_stage s
     return token;
 }
 
-/* By the same thread afterwards. Waits for an action that another thread has under way. */
-static void shut_session(struct milter_session *session)
+/* By the same thread, back from Python. Waits for an action that another thread has under way. */
+static void end_call(struct milter_session *session)
 {
     pthread_mutex_lock(&session->lock);
     session->token = 0;
     pthread_mutex_unlock(&session->lock);
+    atomic_fetch_sub(&session->run->inside, 1);
 }
 
 /* By the thread that serves the session, without a lock. Returns Python's answer, 0 for a failure. */
 static int enter_python(struct milter_session *session, enum milter_stage stage, const void *chunk, size_t size)
 {
-    struct milter_run *run = session->run;
+    const uint64_t token = begin_call(session, stage);
     int answer = 0;
 
-    if (pass_gate(run)) {
-        adopt_signal_mask();
-        const uint64_t token = open_session(session, stage);
-        session->known = true;
+    if (token != 0) {
         session->seen = session->in_message;
-        answer = milter_python_enter(session, token, session->number, run->plan.app, (int)stage, session->log,
-                                     session->log_size, chunk, size);
-        shut_session(session);
-        atomic_fetch_sub(&run->inside, 1);
+        answer = milter_python_enter(session, token, session->number, session->run->plan.app, (int)stage,
+                                     session->log, session->log_size, chunk, size);
+        end_call(session);
     }
     empty_log(session);
     if ((answer & MILTER_ANSWERED) == 0) {
@@ -448,7 +452,10 @@ static sfsistat verdict_of(int answer)
     }
 }
 
-/* Is the message decided, so that neither its end nor its abort concerns the filter any more? */
+/*
+ * Is the message decided, so that neither its end nor its abort concerns the
+ * filter any more? Python's engine keeps the same account, in _decides().
+ */
 static bool ends_message(enum milter_stage stage, sfsistat verdict)
 {
     if (stage == MILTER_EOM)
@@ -545,15 +552,12 @@ static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsign
         *actions |= SMFIF_SETSYMLIST;
 
     if (plan->negotiates || lacking) {
+        const uint64_t token = begin_call(session, MILTER_STAGES);
         int answer = 0;
-        if (pass_gate(run)) {
-            adopt_signal_mask();
-            const uint64_t token = open_session(session, MILTER_STAGES);
-            session->known = true;
+        if (token != 0) {
             answer = milter_python_negotiate(session, token, session->number, plan->app, offered_actions,
                                              offered_steps, actions, steps);
-            shut_session(session);
-            atomic_fetch_sub(&run->inside, 1);
+            end_call(session);
         }
         if ((answer & MILTER_ANSWERED) == 0)
             return SMFIS_REJECT;
