@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The header fields of a message, to read and to edit.
+
+What was received is never changed; the edits are kept beside it, by place: new values of received fields, and new
+fields in the gaps between them. So a message that nobody edits costs nothing, one more field costs one object, and
+``milter.edits`` finds what is to be sent without comparing anything.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar, overload
+
+from milter import checks
+from milter.errors import ContextError
+
+__all__ = ["Headers", "NewField"]
+
+D = TypeVar("D")
+
+
+class NewField:
+    """A header field that the handler made. `gap`: the number of received fields above it."""
+
+    __slots__ = ("gap", "key", "name", "value")
+
+    def __init__(self, gap: int, name: bytes, value: bytes) -> None:
+        self.gap = gap
+        self.name = name
+        self.key = name.lower()
+        self.value = value
+
+
+Place = int | NewField
+
+
+class Headers:
+    """The header fields of a message, in order: a mapping in which a name may come several times.
+
+    Names are matched without regard to case. ``headers[name]`` is the first of that name,
+    :meth:`get_all` are all; ``len``, iteration, :meth:`keys`, :meth:`values` and :meth:`items` go through
+    the fields in order, so that a name comes as often as there are fields of it. (Therefore it is no
+    ``Mapping`` of the standard library; ``dict(headers.items())`` would keep the last of each name.)
+    The lists they return are copies: a loop over them may edit.
+
+    Values are shown without the space after the colon, folded lines with LF and the white space that
+    followed; with ``Milter(leading_space=True)``, and an MTA that can do it, they come and go with whatever
+    follows the colon. The MTA's own Received field is not among them.
+
+    >>> from milter.message import Address, MemoryContent, Message
+    >>> fields = [(b"From", b" ann"), (b"X-Dup", b" 1"), (b"Subject", b" hello"), (b"x-dup", b" 2")]
+    >>> message = Message(MemoryContent(fields), Address("ann@client.example"), [])
+    >>> headers = message.headers
+    >>> headers["SUBJECT"], headers.get_all("X-Dup"), "Date" in headers
+    ('hello', ['1', '2'], False)
+    >>> headers["Subject"] = "hello, edited"
+    >>> headers.replace("X-Dup", "two", index=2)
+    >>> headers.insert(0, "X-First", "above all")
+    >>> headers.add("X-Last", "a value\\n that is folded")
+    >>> del headers["From"]
+    >>> headers.keys()
+    ['X-First', 'X-Dup', 'Subject', 'x-dup', 'X-Last']
+
+    What the MTA delivers is what ``items()`` shows, with these exceptions of Sendmail's, which come of its
+    configuration, and which no milter can avoid:
+
+    - a new field From, Date or Message-Id (or Resent-From, …) in a message that has none of that name is put
+      above the message's first field, wherever it was inserted;
+    - Return-Path, Bcc, Resent-Bcc, Full-Name, Content-Length are never delivered, and fields
+      of the Resent- family are not delivered unless the message came with one.
+    """
+
+    __slots__ = (
+        "_changed",
+        "_keys",
+        "_names",
+        "_new",
+        "_new_named",
+        "_places",
+        "_prefix",
+        "_raw",
+        "_read_area",
+        "_require_open",
+        "_values",
+    )
+
+    def __init__(self, read_area: Callable[[], bytes], prefix: bytes, require_open: Callable[[], None]) -> None:
+        """By a Message.
+
+        Arguments:
+            read_area: gives the header area (see :class:`milter.content.Content`).
+            prefix: what is taken off each value.
+            require_open: raises when it is too late for edits.
+        """
+        self._read_area = read_area
+        self._prefix = prefix
+        self._require_open = require_open
+        # The fields as received, in parallel lists; never changed. Values without the prefix.
+        self._names: list[bytes] | None = None
+        self._values: list[bytes] = []
+        # Made when needed: their names in lower case; their positions by name; names and values in pairs.
+        self._keys: set[bytes] | None = None
+        self._places: dict[bytes, list[int]] | None = None
+        self._raw: tuple[tuple[bytes, bytes], ...] | None = None
+        # The edits: new values by position (None: deleted), and new fields by gap and by name, each in order.
+        self._changed: dict[int, bytes | None] = {}
+        self._new: dict[int, list[NewField]] = {}
+        self._new_named: dict[bytes, list[NewField]] = {}
+
+    # ---- reading
+
+    @property
+    def raw(self) -> tuple[tuple[bytes, bytes], ...]:
+        """The fields as received, edits or not: names and values in bytes, in order.
+
+        >>> from milter.message import Address, MemoryContent, Message
+        >>> Message(MemoryContent([(b"Subject", b" caf\\xc3\\xa9")]), Address(""), []).headers.raw
+        ((b'Subject', b'caf\\xc3\\xa9'),)
+        """
+        if self._raw is None:
+            self._raw = tuple(zip(self._received_names(), self._values, strict=True))
+        return self._raw
+
+    def __getitem__(self, name: str) -> str:
+        """The first value of this name; ``KeyError`` if there is none."""
+        for place in self._find(_key(name)):
+            return _text(self._value(place))
+        raise KeyError(name)
+
+    @overload
+    def get(self, name: str) -> str | None: ...
+    @overload
+    def get(self, name: str, default: D) -> str | D: ...
+    def get(self, name: str, default: Any = None) -> Any:
+        """The first value of this name, or `default`."""
+        for place in self._find(_key(name)):
+            return _text(self._value(place))
+        return default
+
+    def get_all(self, name: str) -> list[str]:
+        """All values of this name, in order; an empty list if there is none."""
+        return [_text(self._value(place)) for place in self._find(_key(name))]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and bool(self._find(_key(name)))
+
+    def __len__(self) -> int:
+        """The number of fields."""
+        deleted = sum(value is None for value in self._changed.values())
+        return len(self._received_names()) - deleted + sum(map(len, self._new.values()))
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, in order, each as often as there are fields of it."""
+        return iter(self.keys())
+
+    def keys(self) -> list[str]:
+        """The names of the fields, in order, as they are spelled."""
+        return [_text(name) for name, _ in self._fields()]
+
+    def values(self) -> list[str]:
+        """The values of the fields, in order."""
+        return [_text(value) for _, value in self._fields()]
+
+    def items(self) -> list[tuple[str, str]]:
+        """The fields, in order."""
+        return [(_text(name), _text(value)) for name, value in self._fields()]
+
+    def __repr__(self) -> str:
+        try:
+            return f"Headers({self.items()!r})"
+        except ContextError:
+            return "<Headers that were not read before the handler returned>"
+
+    # ---- editing
+
+    def __setitem__(self, name: str, value: str) -> None:
+        """Make this the one field of its name.
+
+        The first field of that name keeps its place and its spelling, and the others are deleted. If there
+        is none, the field is added at the end.
+        """
+        self._require_open()
+        places = self._find(_key(name))
+        if not places:
+            self._append(checks.header_name(name), checks.header_value(value))
+            return
+        self._assign(places[0], value)
+        for place in places[1:]:
+            self._delete(place)
+
+    def __delitem__(self, name: str) -> None:
+        """Delete all fields of this name; ``KeyError`` if there is none."""
+        self._require_open()
+        places = self._find(_key(name))
+        if not places:
+            raise KeyError(name)
+        for place in places:
+            self._delete(place)
+
+    def add(self, name: str, value: str) -> None:
+        """Add a field at the end, whether or not there are others of that name.
+
+        Arguments:
+            name: printable ASCII without space and colon (RFC 5322, section 3.6.8).
+            value: its text. Long ones are folded with LF (or CRLF) and white space; a line end without white
+                space after it, a bare CR and NUL are refused.
+        """
+        self._require_open()
+        self._append(checks.header_name(name), checks.header_value(value))
+
+    def insert(self, index: int, name: str, value: str) -> None:
+        """Insert a field above the one at `index`, counted from 0 in the fields as they are now.
+
+        0 is the top, below the MTA's own Received; ``len(headers)`` or more is the end. (To put a field above
+        the MTA's own Received use ``EomContext.insert_header(0, …)``.)
+        """
+        self._require_open()
+        checks.index(index, lowest=0)
+        encoded_name, encoded_value = checks.header_name(name), checks.header_value(value)
+        gap, offset = self._gap_above(index)
+        field = NewField(gap, encoded_name, encoded_value)
+        self._new.setdefault(gap, []).insert(offset, field)
+        if self._new_named.setdefault(field.key, [field]) != [field]:
+            self._new_named[field.key] = [new for new in self._new_fields() if new.key == field.key]
+
+    def replace(self, name: str, value: str | None, index: int = 1) -> None:
+        """Give one field another value, in its place; None deletes it.
+
+        Arguments:
+            index: which one of that name, from 1, in the fields as they are now (as in
+                ``EomContext.replace_header``).
+
+        ``KeyError`` if there are not so many: no field is added by mistake. The spelling of the name stays.
+        """
+        self._require_open()
+        checks.index(index, lowest=1)
+        places = self._find(_key(name))
+        if index > len(places):
+            raise KeyError(f"{name} (number {index} of {len(places)})" if places else name)
+        if value is None:
+            self._delete(places[index - 1])
+        else:
+            self._assign(places[index - 1], value)
+
+    def setdefault(self, name: str, value: str) -> str:
+        """The first value of this name; if there is none, a field with this `value` is added at the end."""
+        if name not in self:
+            self.add(name, value)
+        return self[name]
+
+    # ---- places: a received field is known by its position, a new one by itself
+
+    def _received_names(self) -> list[bytes]:
+        if self._names is None:
+            texts, prefix = self._read_area().split(b"\0"), self._prefix
+            self._values = [value.removeprefix(prefix) for value in texts[1::2]] if prefix else texts[1::2]
+            self._names = texts[0:-1:2]
+        return self._names
+
+    def _positions(self) -> dict[bytes, list[int]]:
+        """Where the received fields of each name are, in one pass for all look-ups."""
+        if self._places is None:
+            self._places = {}
+            for position, name in enumerate(self._received_names()):
+                self._places.setdefault(name.lower(), []).append(position)
+        return self._places
+
+    def _find(self, key: bytes) -> Sequence[Place]:
+        """The fields of this name that are there now, in order."""
+        if self._keys is None:
+            self._keys = set(map(bytes.lower, self._received_names()))
+        new: Sequence[Place] = self._new_named.get(key, ())
+        if key not in self._keys:
+            return list(new)
+        received = [place for place in self._positions()[key] if self._changed.get(place, b"") is not None]
+        return sorted([*new, *received], key=_order) if new else received
+
+    def _value(self, place: Place) -> bytes:
+        if isinstance(place, NewField):
+            return place.value
+        value = self._changed.get(place)
+        return self._values[place] if value is None else value
+
+    def _fields(self) -> Iterable[tuple[bytes, bytes]]:
+        """The fields that are there now, in order."""
+        names = self._received_names()
+        if not self._changed and not self._new:
+            return zip(names, self._values, strict=True)
+        return list(self._edited_fields(names))
+
+    def _edited_fields(self, names: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        for position in range(len(names) + 1):
+            for field in self._new.get(position, ()):
+                yield field.name, field.value
+            if position < len(names):
+                value = self._changed.get(position, self._values[position])
+                if value is not None:
+                    yield names[position], value
+
+    def _new_fields(self) -> Iterator[NewField]:
+        for gap in sorted(self._new):
+            yield from self._new[gap]
+
+    def _gap_above(self, index: int) -> tuple[int, int]:
+        """The gap, and the offset among its new fields, above the field that is at `index` now."""
+        above = 0
+        end = len(self._received_names())
+        for position in range(end + 1):
+            fields = len(self._new.get(position, ()))
+            if index <= above + fields:
+                return position, index - above
+            above += fields
+            if position < end and self._changed.get(position, b"") is not None:
+                above += 1
+                if index == above:
+                    return position + 1, 0
+        return end, len(self._new.get(end, ()))
+
+    def _append(self, name: bytes, value: bytes) -> None:
+        field = NewField(len(self._received_names()), name, value)
+        self._new.setdefault(field.gap, []).append(field)
+        self._new_named.setdefault(field.key, []).append(field)
+
+    def _assign(self, place: Place, value: str) -> None:
+        if isinstance(place, NewField):
+            place.value = checks.header_value(value)
+            return
+        received = self._values[place]
+        if isinstance(value, str) and value.encode("utf-8", "surrogateescape") == received:
+            encoded = received  # no check: it came from the MTA
+        else:
+            encoded = checks.header_value(value)
+        if encoded == received.replace(b"\r\n", b"\n") or encoded == received:
+            self._changed.pop(place, None)
+        else:
+            self._changed[place] = encoded
+
+    def _delete(self, place: Place) -> None:
+        if isinstance(place, int):
+            self._changed[place] = None
+            return
+        self._new[place.gap].remove(place)
+        if not self._new[place.gap]:
+            del self._new[place.gap]
+        self._new_named[place.key].remove(place)
+        if not self._new_named[place.key]:
+            del self._new_named[place.key]
+
+
+def _key(name: str) -> bytes:
+    """What is compared of a name. Only ASCII letters have a case, as in both MTAs."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a header field must be a str, not {type(name).__name__}")
+    return name.encode("utf-8", "surrogateescape").lower()
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _order(place: Place) -> float:
+    return place.gap if isinstance(place, NewField) else place + 0.5
