@@ -18,6 +18,7 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SHIM = Path("milter", "shim")
+SOURCES = ("milter_shim.c", "content.c", "changes.c", "macro_guard.c")
 
 MISSING_PKG_CONFIG = """\
 milter: pkg-config is missing, so libmilter cannot be found.
@@ -48,8 +49,8 @@ def builder() -> FFI:
     ffi.set_source(
         "milter._shim",
         '#include "milter_shim.h"',
-        sources=[str(SHIM / "milter_shim.c"), str(SHIM / "macro_guard.c")],
-        depends=[str(SHIM / "milter_shim.h"), str(SHIM / "cdef.h")],
+        sources=[str(SHIM / name) for name in SOURCES],
+        depends=[str(SHIM / path.name) for path in sorted((HERE / SHIM).glob("*.h"))],
         include_dirs=[str(SHIM), *directories(flags, "-I")],
         library_dirs=directories(flags, "-L"),
         libraries=[flag[2:] for flag in flags if flag.startswith("-l")],

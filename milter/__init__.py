@@ -24,6 +24,8 @@ from milter.errors import (
     StageError,
     TooEarlyError,
 )
+from milter.headers import Headers
+from milter.message import Message, Recipients
 from milter.protocol import Actions, ProtocolOptions, Stage
 from milter.server import Server
 from milter.verdict import Reply, Status, Verdict
@@ -37,12 +39,15 @@ __all__ = [
     "ContextError",
     "EomContext",
     "HandlerError",
+    "Headers",
     "InetAddress",
+    "Message",
     "Milter",
     "MilterError",
     "NegotiateContext",
     "Params",
     "ProtocolOptions",
+    "Recipients",
     "RegistrationError",
     "Reply",
     "Server",

@@ -2,6 +2,7 @@
 """The registry of handlers: what users decorate functions with. It knows nothing of libmilter."""
 
 import inspect
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import (
@@ -20,6 +21,7 @@ from typing import (
 from milter.context import Context, EomContext, NegotiateContext, S, T
 from milter.envelope import Address, ClientAddress, Params
 from milter.errors import RegistrationError
+from milter.message import Message
 from milter.protocol import MACRO_LISTS, Actions, Stage, macro_name
 from milter.verdict import Reply, Status, Verdict
 
@@ -32,23 +34,46 @@ H = TypeVar("H", bound=Callable[..., Any])
 
 OnError: TypeAlias = Status | Reply | Literal["shutdown"]
 
-# What a handler gets after its context; shown in the message about a wrong signature.
-PARAMETERS: dict[Stage, tuple[str, ...]] = {
-    Stage.NEGOTIATE: (),
-    Stage.CONNECT: ("hostname: str", "address: ClientAddress"),
-    Stage.HELO: ("name: str",),
-    Stage.MAIL: ("sender: Address", "params: Params"),
-    Stage.RCPT: ("recipient: Address", "params: Params"),
-    Stage.DATA: (),
-    Stage.HEADER: ("name: str", "value: str"),
-    Stage.EOH: (),
-    Stage.BODY: ("chunk: bytes",),
-    Stage.EOM: (),
-    Stage.UNKNOWN: ("command: str",),
-    Stage.ABORT: (),
-    Stage.CLOSE: (),
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One of the decorators: when its handlers are called, and with what."""
+
+    stage: Stage
+    parameters: tuple[str, ...] = ()
+    """What a handler gets after its context."""
+    context: str = "Context"
+    name: str = ""
+
+    @property
+    def decorator(self) -> str:
+        return self.name or self.stage.decorator
+
+    @property
+    def signature(self) -> str:
+        """The right signature, for a message about a wrong one."""
+        parameters = ", ".join([f"ctx: {self.context}", *self.parameters])
+        result = "None" if self.stage in _WITHOUT_VERDICT else "Status | Reply | None"
+        return f"def {self.decorator}({parameters}) -> {result}"
+
+
+_WITHOUT_VERDICT = (Stage.NEGOTIATE, Stage.ABORT, Stage.CLOSE)
+_FORMS = {
+    Stage.NEGOTIATE: Form(Stage.NEGOTIATE, (), "NegotiateContext"),
+    Stage.CONNECT: Form(Stage.CONNECT, ("hostname: str", "address: ClientAddress")),
+    Stage.HELO: Form(Stage.HELO, ("name: str",)),
+    Stage.MAIL: Form(Stage.MAIL, ("sender: Address", "params: Params")),
+    Stage.RCPT: Form(Stage.RCPT, ("recipient: Address", "params: Params")),
+    Stage.DATA: Form(Stage.DATA),
+    Stage.HEADER: Form(Stage.HEADER, ("name: str", "value: str")),
+    Stage.EOH: Form(Stage.EOH),
+    Stage.BODY: Form(Stage.BODY, ("chunk: bytes",)),
+    Stage.EOM: Form(Stage.EOM, (), "EomContext"),
+    Stage.UNKNOWN: Form(Stage.UNKNOWN, ("command: str",)),
+    Stage.ABORT: Form(Stage.ABORT),
+    Stage.CLOSE: Form(Stage.CLOSE),
 }
-CONTEXTS = {Stage.NEGOTIATE: "NegotiateContext", Stage.EOM: "EomContext"}
+WHOLE_MESSAGE = Form(Stage.EOM, ("message: Message",), "EomContext", "on_message")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +81,7 @@ class Handler:
     """A registered function."""
 
     function: Callable[..., Verdict]
+    form: Form
     observes: bool
     """It is annotated ``-> None``: a promise never to reply."""
     macros: tuple[str, ...] = ()
@@ -68,11 +94,11 @@ class Handler:
 class Register(Generic[H]):
     """A decorator of one stage: ``@app.on_helo``, or ``@app.on_helo(macros=["{tls_version}"])``."""
 
-    __slots__ = ("_app", "_stage")
+    __slots__ = ("_app", "_form")
 
-    def __init__(self, app: "Milter[Any, Any]", stage: Stage) -> None:
+    def __init__(self, app: "Milter[Any, Any]", form: Form) -> None:
         self._app = app
-        self._stage = stage
+        self._form = form
 
     @overload
     def __call__(self, handler: H, /) -> H: ...
@@ -80,15 +106,16 @@ class Register(Generic[H]):
     def __call__(self, *, macros: Iterable[str] = ()) -> Callable[[H], H]: ...
 
     def __call__(self, handler: H | None = None, *, macros: Iterable[str] = ()) -> H | Callable[[H], H]:
-        names = _checked_macros(self._stage, macros)
+        names = _checked_macros(self._form, macros)
         if handler is None:
             return lambda function: self._register(function, names)
         return self._register(handler, names)
 
     def _register(self, function: H, macros: tuple[str, ...]) -> H:
-        signature = _checked_signature(self._stage, function)
+        arguments = [None] * (1 + len(self._form.parameters))
+        signature = _checked_call(function, arguments, self._form.signature)
         observes = signature.return_annotation in (None, type(None), "None")
-        self._app.handlers[self._stage].append(Handler(function, observes, macros))
+        self._app.handlers[self._form.stage].append(Handler(function, self._form, observes, macros))
         return function
 
 
@@ -115,6 +142,8 @@ class Options(TypedDict):
     requires: NotRequired[Actions]
     leading_space: NotRequired[bool]
     rejected_recipients: NotRequired[bool]
+    spool_size: NotRequired[int]
+    spool_directory: NotRequired[str | os.PathLike[str] | None]
 
 
 class Milter(Generic[S, T]):
@@ -135,6 +164,10 @@ class Milter(Generic[S, T]):
             filter that signs needs it; only where the MTA can do that (``ctx.options``).
         rejected_recipients: show ``on_rcpt`` the recipients too that Postfix refuses itself; such a
             one has the macro ``{rcpt_mailer}`` of ``error``. They are not in ``ctx.recipients``.
+        spool_size: bytes of a message for ``on_message`` that are kept in memory; a longer one lies in a
+            temporary file without a name. 1 MiB.
+        spool_directory: where that file is made; by default the system's directory for such files
+            (``tempfile.gettempdir``). When the disk is full, ``on_error`` has the answer.
 
     Handlers of a stage run in the order of their registration, until one gives a verdict other than
     ``CONTINUE``. A handler annotated ``-> None`` promises never to reply: when all handlers of a
@@ -185,6 +218,8 @@ class Milter(Generic[S, T]):
         requires: Actions = Actions.NONE,
         leading_space: bool = False,
         rejected_recipients: bool = False,
+        spool_size: int = 1 << 20,
+        spool_directory: str | os.PathLike[str] | None = None,
     ) -> None:
         if not name or "\0" in name:
             raise ValueError(f"{name!r} cannot be the name of a filter")
@@ -198,6 +233,10 @@ class Milter(Generic[S, T]):
             raise ValueError(f"{self.requires & ~self.actions!r} is required, but not among the actions")
         self.leading_space = leading_space
         self.rejected_recipients = rejected_recipients
+        if spool_size < 0:
+            raise ValueError(f"spool_size must be 0 or more bytes, not {spool_size}")
+        self.spool_size = spool_size
+        self.spool_directory = spool_directory
         self.handlers: dict[Stage, list[Handler]] = {stage: [] for stage in Stage}
         self.start_hooks: list[Callable[[], object]] = []
         self.stop_hooks: list[Callable[[], object]] = []
@@ -221,7 +260,7 @@ class Milter(Generic[S, T]):
     @property
     def on_negotiate(self) -> Register[Callable[[NegotiateContext], None]]:
         """At the start of a connection: what the MTA offers (``xxfi_negotiate``)."""
-        return Register(self, Stage.NEGOTIATE)
+        return Register(self, _FORMS[Stage.NEGOTIATE])
 
     @property
     def on_connect(self) -> Register[Callable[[Context[S, T], str, ClientAddress], Verdict]]:
@@ -230,17 +269,17 @@ class Milter(Generic[S, T]):
         ``ACCEPT`` lets the whole connection pass without the filter; ``REJECT`` and ``TEMPFAIL``
         refuse it.
         """
-        return Register(self, Stage.CONNECT)
+        return Register(self, _FORMS[Stage.CONNECT])
 
     @property
     def on_helo(self) -> Register[Callable[[Context[S, T], str], Verdict]]:
         """HELO or EHLO, with the client's name (``xxfi_helo``): never, once, or again after STARTTLS."""
-        return Register(self, Stage.HELO)
+        return Register(self, _FORMS[Stage.HELO])
 
     @property
     def on_mail(self) -> Register[Callable[[Context[S, T], Address, Params], Verdict]]:
         """MAIL: the sender and its ESMTP parameters (``xxfi_envfrom``). A mail transaction begins."""
-        return Register(self, Stage.MAIL)
+        return Register(self, _FORMS[Stage.MAIL])
 
     @property
     def on_rcpt(self) -> Register[Callable[[Context[S, T], Address, Params], Verdict]]:
@@ -248,12 +287,12 @@ class Milter(Generic[S, T]):
 
         ``REJECT`` and ``TEMPFAIL`` concern this recipient alone; ``ACCEPT`` and ``DISCARD`` the message.
         """
-        return Register(self, Stage.RCPT)
+        return Register(self, _FORMS[Stage.RCPT])
 
     @property
     def on_data(self) -> Register[Callable[[Context[S, T]], Verdict]]:
         """The DATA command (``xxfi_data``)."""
-        return Register(self, Stage.DATA)
+        return Register(self, _FORMS[Stage.DATA])
 
     @property
     def on_header(self) -> Register[Callable[[Context[S, T], str, str], Verdict]]:
@@ -261,12 +300,12 @@ class Milter(Generic[S, T]):
 
         ``SKIP`` ends the calls of this handler for this message.
         """
-        return Register(self, Stage.HEADER)
+        return Register(self, _FORMS[Stage.HEADER])
 
     @property
     def on_eoh(self) -> Register[Callable[[Context[S, T]], Verdict]]:
         """The end of the header (``xxfi_eoh``)."""
-        return Register(self, Stage.EOH)
+        return Register(self, _FORMS[Stage.EOH])
 
     @property
     def on_body(self) -> Register[Callable[[Context[S, T], bytes], Verdict]]:
@@ -275,12 +314,21 @@ class Milter(Generic[S, T]):
         ``SKIP`` ends the calls of this handler for this message; once all handlers have skipped,
         the MTA need not send the rest.
         """
-        return Register(self, Stage.BODY)
+        return Register(self, _FORMS[Stage.BODY])
 
     @property
     def on_eom(self) -> Register[Callable[[EomContext[S, T]], Verdict]]:
         """The end of the message, where it can be changed (``xxfi_eom``)."""
-        return Register(self, Stage.EOM)
+        return Register(self, _FORMS[Stage.EOM])
+
+    @property
+    def on_message(self) -> Register[Callable[[EomContext[S, T], Message], Verdict]]:
+        """The whole message at its end, gathered without Python: see :class:`Message <milter.Message>`.
+
+        Handlers of ``on_eom`` and ``on_message`` run together, in the order of their registration. What
+        was edited is sent to the MTA when all have run, and only if the message is accepted.
+        """
+        return Register(self, WHOLE_MESSAGE)
 
     @property
     def on_unknown(self) -> Register[Callable[[Context[S, T], str], Verdict]]:
@@ -289,7 +337,7 @@ class Milter(Generic[S, T]):
         ``REJECT``, ``TEMPFAIL`` or a ``Reply`` change how; Postfix 3.10 and newer keeps its own text for a
         permanent refusal. Sendmail and Postfix 3.10 tell the whole line, older Postfix the verb.
         """
-        return Register(self, Stage.UNKNOWN)
+        return Register(self, _FORMS[Stage.UNKNOWN])
 
     @property
     def on_abort(self) -> Register[Callable[[Context[S, T]], None]]:
@@ -297,12 +345,12 @@ class Milter(Generic[S, T]):
 
         Once for each message that was begun and not decided by this filter; never after ``on_eom``.
         """
-        return Register(self, Stage.ABORT)
+        return Register(self, _FORMS[Stage.ABORT])
 
     @property
     def on_close(self) -> Register[Callable[[Context[S, T]], None]]:
         """The connection ends (``xxfi_close``). Always called; may be the only call of all."""
-        return Register(self, Stage.CLOSE)
+        return Register(self, _FORMS[Stage.CLOSE])
 
     @property
     def on_start(self) -> Hook:
@@ -352,14 +400,6 @@ class Milter(Generic[S, T]):
         return server.Server(self, socket, **options).start()
 
 
-def _checked_signature(stage: Stage, function: Callable[..., Any]) -> inspect.Signature:
-    context = CONTEXTS.get(stage, "Context")
-    parameters = ", ".join([f"ctx: {context}", *PARAMETERS[stage]])
-    result = "None" if stage in (Stage.NEGOTIATE, Stage.ABORT, Stage.CLOSE) else "Status | Reply | None"
-    right = f"def {stage.decorator}({parameters}) -> {result}"
-    return _checked_call(function, [None] * (1 + len(PARAMETERS[stage])), right)
-
-
 def _checked_call(function: Callable[..., Any], arguments: list[None], right: str) -> inspect.Signature:
     if not callable(function):
         raise RegistrationError(f"a handler must be a function, not {function!r}; write: {right}")
@@ -378,12 +418,12 @@ def _checked_call(function: Callable[..., Any], arguments: list[None], right: st
     return signature
 
 
-def _checked_macros(stage: Stage, macros: Iterable[str]) -> tuple[str, ...]:
+def _checked_macros(form: Form, macros: Iterable[str]) -> tuple[str, ...]:
     if isinstance(macros, str):
         raise RegistrationError(f'macros must be a list of names, not a str: macros=["{macros}"]')
     names = tuple(map(macro_name, macros))
-    if names and stage not in MACRO_LISTS:
-        raise RegistrationError(f"{stage.decorator} has no option macros: the MTAs send none for this stage")
+    if names and form.stage not in MACRO_LISTS:
+        raise RegistrationError(f"{form.decorator} has no option macros: the MTAs send none for this stage")
     return names
 
 

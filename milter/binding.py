@@ -16,12 +16,16 @@ The life of a call, from here on (its beginning, in C, is told in shim/milter_sh
 Only this module and :mod:`milter.libmilter` touch ``ffi`` and ``lib``.
 """
 
+import errno
 import itertools
 import logging
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from milter._shim import ffi, lib
+from milter.edits import Change
 from milter.engine import Answer, Engine, Negotiation
 from milter.errors import ActionError, ContextError
 from milter.plan import Plan
@@ -29,6 +33,8 @@ from milter.protocol import Actions, MacroList, ProtocolOptions, Stage
 from milter.verdict import Reply
 
 log = logging.getLogger("milter")
+
+_LEADING_SPACE = int(ProtocolOptions.LEADING_SPACE)
 
 
 # ---- What a context asks of the shim ---------------------------------------------------------
@@ -54,13 +60,46 @@ def _check(result: int, action: str) -> None:
 class SessionCall:
     """A session of the shim, for the time of one call; see :class:`milter.context.Call`."""
 
-    __slots__ = ("_plan", "_session", "_token", "stage")
+    __slots__ = (
+        "_actions",
+        "_plan",
+        "_read",
+        "_session",
+        "_space",
+        "_steps",
+        "_token",
+        "changes",
+        "chunks",
+        "content",
+        "stage",
+    )
 
-    def __init__(self, session: Any, token: int, stage: Stage, plan: Plan) -> None:
+    content: "GatheredContent"
+    chunks: bytes
+
+    def __init__(self, session: Any, token: int, stage: Stage, plan: Plan, actions: int, steps: int) -> None:
         self._session = session
         self._token = token
         self._plan = plan
+        self._actions = actions
+        self._steps = steps
         self.stage = stage
+        self.changes: Sequence[Change] = ()
+        self._read = 0
+        # Where the MTA puts no space after the colon itself, and handlers do not see it, it is put here.
+        self._space = b" " if steps & _LEADING_SPACE and not plan.shows_leading_space else b""
+
+    @property
+    def leading_space(self) -> bool:
+        return bool(self._steps & _LEADING_SPACE)
+
+    def next_chunk(self, size: int) -> bytes:
+        start = self._read
+        self._read = start + size
+        return self.chunks[start : start + size]
+
+    def leave_changes(self, changes: Sequence[Change]) -> None:
+        self.changes = changes
 
     def macro(self, name: bytes) -> bytes | None:
         size = 256
@@ -80,9 +119,8 @@ class SessionCall:
         return self._plan.known_macros
 
     def granted(self) -> tuple[Actions, ProtocolOptions]:
-        masks = ffi.new("unsigned long[2]")
-        _check(lib.milter_granted(self._session, self._token, masks, masks + 1), "the question")
-        return Actions(masks[0]), ProtocolOptions(masks[1])
+        hidden = 0 if self._plan.shows_leading_space else _LEADING_SPACE
+        return Actions(self._actions), ProtocolOptions(self._steps & ~hidden)
 
     def request_macros(self, entry: MacroList, names: Sequence[str]) -> None:
         text = " ".join(names).encode("ascii")
@@ -97,13 +135,14 @@ class SessionCall:
         return bool(result == lib.MILTER_OK)
 
     def add_header(self, name: bytes, value: bytes) -> None:
-        _check(lib.milter_add_header(self._session, self._token, name, value), "add_header()")
+        _check(lib.milter_add_header(self._session, self._token, name, self._space + value), "add_header()")
 
     def insert_header(self, index: int, name: bytes, value: bytes) -> None:
-        _check(lib.milter_insert_header(self._session, self._token, index, name, value), "insert_header()")
+        text = self._space + value
+        _check(lib.milter_insert_header(self._session, self._token, index, name, text), "insert_header()")
 
     def change_header(self, name: bytes, index: int, value: bytes | None) -> None:
-        text = ffi.NULL if value is None else value
+        text = self._space + value if value else ffi.NULL
         _check(lib.milter_change_header(self._session, self._token, name, index, text), "replace_header()")
 
     def change_sender(self, address: bytes, parameters: bytes | None) -> None:
@@ -127,10 +166,78 @@ class SessionCall:
         _check(lib.milter_progress(self._session, self._token), "signal_progress()")
 
 
+class GatheredContent:
+    """A message as the shim has gathered it; see :class:`milter.message.Content`.
+
+    A small one is copied at once. A larger one is read where it lies, in C's memory or in a file, until
+    :meth:`close`, when the call is over. The lock keeps another thread's read and that moment apart.
+    """
+
+    __slots__ = ("_bytes", "_file", "_lock", "_memory", "error", "header_size", "size")
+
+    def __init__(self, event: Any) -> None:
+        self.error: int = event.content_error
+        """An ``errno``: the message could not be gathered."""
+        self.header_size: int = event.header_size
+        self.size: int = event.content_size
+        self._bytes: bytes | None = None
+        if event.content_file < 0 and self.size <= _COPIED_AT_ONCE:
+            self._bytes = ffi.unpack(event.content, self.size) if self.size else b""
+        else:
+            self._lock = threading.Lock()
+            self._memory = event.content
+            self._file: int = event.content_file
+
+    def read(self, offset: int, size: int) -> bytes:
+        if self._bytes is not None:
+            return self._bytes[offset : offset + size]
+        with self._lock:
+            self._require_open()
+            if self._file < 0:
+                part: bytes = ffi.unpack(self._memory + offset, size) if size else b""
+                return part
+            return _read_file(self._file, offset, size)
+
+    def spool_file(self) -> int | None:
+        if self._bytes is not None:
+            return None
+        with self._lock:
+            self._require_open()
+            return os.dup(self._file) if self._file >= 0 else None
+
+    def close(self) -> None:
+        if self._bytes is None:
+            with self._lock:
+                self._memory, self._file = None, -1
+
+    def _require_open(self) -> None:
+        if self._memory is None and self._file < 0:
+            raise ContextError(
+                "this message is no longer there: a part of it was read for the first time after its handler had "
+                "returned. Read what you need (message.body, message.as_bytes()) while the handler runs"
+            )
+
+
+_COPIED_AT_ONCE = 64 * 1024
+
+
+def _read_file(file: int, offset: int, size: int) -> bytes:
+    parts = []
+    while size > 0:
+        part = os.pread(file, size, offset)
+        if not part:
+            raise OSError(errno.EIO, "the temporary file of the message is shorter than what was written")
+        parts.append(part)
+        offset += len(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
 # ---- The two ways in -------------------------------------------------------------------------
 
 _engines: dict[int, Engine] = {}
 _numbers = itertools.count(1)
+_STAGES = tuple(sorted(Stage, key=lambda stage: stage.value))
 
 
 def _crashed(kind: type[BaseException], failure: BaseException, traceback: Any) -> None:
@@ -139,22 +246,46 @@ def _crashed(kind: type[BaseException], failure: BaseException, traceback: Any) 
 
 
 @ffi.def_extern(error=0, onerror=_crashed)
-def milter_python_enter(
-    session: Any,
-    token: int,
-    number: int,
-    app: int,
-    stage: int,
-    text: Any,
-    size: int,
-    chunk: Any,
-    chunk_size: int,
-) -> int:
-    engine = _engines[app]
-    call = SessionCall(session, token, Stage(stage), engine.plan)
-    events = ffi.unpack(text, size).decode("utf-8", "surrogateescape") if size else ""
-    answer = engine.enter(call, number, events, ffi.unpack(chunk, chunk_size) if chunk_size else b"")
+def milter_python_enter(event: Any) -> int:
+    engine = _engines[event.app]
+    if event.ended:
+        engine.forget(_ended_connections(event.run))
+    stage = _STAGES[event.stage]
+    call = SessionCall(event.session, event.token, stage, engine.plan, event.actions, event.steps)
+    text = ffi.unpack(event.log, event.log_size).decode("utf-8", "surrogateescape")
+    if event.chunks_size:
+        call.chunks = ffi.unpack(event.chunks, event.chunks_size)
+    if stage is not Stage.EOM or not engine.plan.gathers:
+        return _encoded(engine.enter(call, event.number, text), call)
+    content = call.content = GatheredContent(event)
+    try:
+        answer = engine.enter(call, event.number, text)
+    finally:
+        content.close()
+    if call.changes:
+        _leave_changes(event, call.changes)
     return _encoded(answer, call)
+
+
+def _ended_connections(run: Any) -> Iterator[int]:
+    numbers = ffi.new("uint64_t[16]")
+    while count := lib.milter_take_ended(run, numbers, len(numbers)):
+        yield from numbers[0:count]
+
+
+def _leave_changes(event: Any, changes: Sequence[Change]) -> None:
+    """Tell the shim what to send once Python is left; the format is told in shim/changes.c."""
+    packed = b"".join(map(_packed, changes))
+    if len(packed) > event.changes_capacity and not lib.milter_reserve_changes(event, len(packed)):
+        raise MemoryError("no memory for the changes of a message")
+    ffi.memmove(event.changes, packed, len(packed))
+    event.changes_size = len(packed)
+
+
+def _packed(change: Change) -> bytes:
+    if change.letter == "b":
+        return b"b\0%d\0%b" % (len(change.arguments[0]), change.arguments[0])
+    return b"%b\0%b\0" % (change.letter.encode("ascii"), b"\0".join(change.arguments))
 
 
 @ffi.def_extern(error=0, onerror=_crashed)
@@ -169,8 +300,8 @@ def milter_python_negotiate(
     steps: Any,
 ) -> int:
     engine = _engines[app]
-    call = SessionCall(session, token, Stage.NEGOTIATE, engine.plan)
-    negotiation = Negotiation(offered_actions, offered_steps, actions[0], steps[0])
+    call = SessionCall(session, token, Stage.NEGOTIATE, engine.plan, 0, 0)
+    negotiation = Negotiation(engine.plan, offered_actions, offered_steps, actions[0], steps[0])
     if not engine.negotiate(call, number, negotiation):
         return 0
     if Actions.REQUEST_MACROS in negotiation.offered_actions:
@@ -193,6 +324,8 @@ def _encoded(answer: Answer, call: SessionCall) -> int:
         number |= lib.MILTER_OWED
     if answer.tracks:
         number |= lib.MILTER_TRACKS
+    if answer.holds:
+        number |= lib.MILTER_HOLDS
     return number
 
 
@@ -219,6 +352,7 @@ class Run:
     def close_gate(self) -> None:
         """No event enters Python any more: each is answered as a temporary failure."""
         lib.milter_end(self._run)
+        self.engine.forget(_ended_connections(self._run))
 
     def wait_handlers(self, milliseconds: int) -> int:
         """Wait until no handler runs, or the time is over; how many still do."""
@@ -241,7 +375,11 @@ def _shim_plan(plan: Plan, number: int) -> tuple[Any, list[Any]]:
     struct.required = int(plan.requires)
     struct.steps = int(plan.options)
     struct.negotiates = plan.negotiates
-    texts = []
+    struct.gathers = plan.gathers
+    struct.leading_space = plan.shows_leading_space
+    struct.spool_size = plan.spool_size
+    struct.spool_directory = directory = ffi.new("char[]", os.fsencode(plan.spool_directory))
+    texts = [directory]
     for entry, names in plan.requests({}).items():
         text = ffi.new("char[]", " ".join(names).encode("ascii"))
         texts.append(text)
@@ -251,5 +389,5 @@ def _shim_plan(plan: Plan, number: int) -> tuple[Any, list[Any]]:
 
 def _mode(plan: Plan, stage: Stage) -> int:
     if stage in plan.handled:
-        return int(lib.MILTER_ENTER)
+        return int(lib.MILTER_DEFER if stage in plan.deferred else lib.MILTER_ENTER)
     return int(lib.MILTER_RECORD if stage in plan.remembered else lib.MILTER_IGNORE)

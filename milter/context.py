@@ -6,13 +6,15 @@ A context is made for one call of the handlers of a stage and expires with it; t
 context reach libmilter is the binding's business: it gives each context a :class:`Call`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol
 
 from milter import checks
+from milter.edits import Change
 from milter.envelope import Address, ClientAddress, without_brackets
 from milter.errors import ActionError, ContextError, StageError, TooEarlyError
+from milter.message import Content, Message
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, macro_name
 
 __all__ = ["Context", "EomContext", "NegotiateContext"]
@@ -29,6 +31,11 @@ else:
     T = TypeVar("T")
 
 
+class GatheredContent(Content, Protocol):
+    error: int
+    """An ``errno``: the message could not be gathered."""
+
+
 class Call(Protocol):
     """What the binding does for a context, as long as the call of its handlers lasts.
 
@@ -38,6 +45,20 @@ class Call(Protocol):
 
     @property
     def stage(self) -> Stage: ...
+    @property
+    def content(self) -> "GatheredContent":
+        """At the end of a message, if the plan gathers."""
+
+    @property
+    def leading_space(self) -> bool:
+        """Header values come and go with the space after the colon, whatever handlers see."""
+
+    def next_chunk(self, size: int) -> bytes:
+        """The next piece of the body that the log speaks of."""
+
+    def leave_changes(self, changes: Sequence[Change]) -> None:
+        """Send these after the call, before the verdict."""
+
     def macro(self, name: bytes) -> bytes | None: ...
     def macro_names(self) -> tuple[str, ...]: ...
     def granted(self) -> tuple[Actions, ProtocolOptions]: ...
@@ -55,7 +76,7 @@ class Call(Protocol):
 class Transaction:
     """One mail transaction (RFC 5321, section 3.3): from MAIL to the message's end."""
 
-    __slots__ = ("body_failure", "body_replaced", "recipients", "sender", "state")
+    __slots__ = ("body_failure", "body_replaced", "message", "recipients", "sender", "spoilt", "state")
 
     def __init__(self, sender: Address) -> None:
         self.sender = sender
@@ -63,6 +84,10 @@ class Transaction:
         self.state: Any = None
         self.body_replaced = False
         self.body_failure: BaseException | None = None
+        self.message: Message | None = None
+        """What handlers of on_message share, at the end."""
+        self.spoilt = False
+        """A handler raised: if the policy lets the message pass, then without edits that may be half done."""
 
 
 class Conversation:

@@ -20,14 +20,17 @@ operations, which are atomic.
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from milter.app import Handler, Milter
+from milter.app import WHOLE_MESSAGE, Handler, Milter
 from milter.context import Call, Context, Conversation, EomContext, NegotiateContext, Transaction, expire
+from milter.edits import Change, Numbering, changes, needed
 from milter.envelope import Address, ClientAddress, InetAddress, UnixAddress
-from milter.errors import HandlerError, MilterError
-from milter.plan import make_plan
+from milter.errors import ActionError, HandlerError, MilterError
+from milter.message import Message, freeze
+from milter.plan import Plan, make_plan
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage
 from milter.verdict import MEANINGFUL, Reply, Status, Verdict
 
@@ -46,77 +49,30 @@ class Answer(NamedTuple):
     """A handler raised where no reply is possible: the next stage that replies must be asked."""
     tracks: bool
     """There is state of this message, which must be dropped at its end."""
+    holds: bool
+    """The same for the session."""
 
 
 class Negotiation:
     """The state of one negotiation; see :class:`milter.context.Negotiation`."""
 
-    def __init__(self, offered_actions: int, offered_steps: int, actions: int, steps: int) -> None:
+    def __init__(self, plan: Plan, offered_actions: int, offered_steps: int, actions: int, steps: int) -> None:
         options = ProtocolOptions(steps)
+        self._shows_leading_space = plan.shows_leading_space and ProtocolOptions.LEADING_SPACE in options
         self.offered_actions = Actions(offered_actions)
         self.offered_options = ProtocolOptions(offered_steps)
         self.actions = Actions(actions) & ~Actions.REQUEST_MACROS
-        self.leading_space = ProtocolOptions.LEADING_SPACE in options
+        self.leading_space = self._shows_leading_space
         self.rejected_recipients = ProtocolOptions.REJECTED_RCPT in options
         self.macros: dict[MacroList, list[str]] = {}
 
     def reduced(self, steps: int) -> int:
         """`steps` without those that a handler has taken away."""
-        if not self.leading_space:
+        if self._shows_leading_space and not self.leading_space:
             steps &= ~ProtocolOptions.LEADING_SPACE
         if not self.rejected_recipients:
             steps &= ~ProtocolOptions.REJECTED_RCPT
         return steps
-
-
-# ---- The log ---------------------------------------------------------------------------------
-
-
-class _End:
-    """The message was over before this, decided without Python (record X)."""
-
-
-Event = tuple[Stage | type[_End], tuple[Any, ...]]
-
-
-def read_log(text: str, chunk: bytes) -> Iterator[Event]:
-    """The events of a log, as the stage and the arguments of its handlers."""
-    fields = iter(text.split("\0"))
-    for letter in fields:
-        if letter in ("M", "R"):
-            arguments = list(itertools.islice(fields, int(next(fields))))
-            address = Address.from_arguments(arguments)
-            yield (Stage.MAIL if letter == "M" else Stage.RCPT), (address, address.params)
-        elif letter == "L":
-            yield Stage.HEADER, (next(fields), next(fields))
-        elif letter == "B":
-            yield Stage.BODY, (chunk,)
-        elif letter == "C":
-            yield Stage.CONNECT, (next(fields), _client_address(next(fields), next(fields), next(fields)))
-        elif letter == "H":
-            yield Stage.HELO, (next(fields),)
-        elif letter == "U":
-            yield Stage.UNKNOWN, (next(fields),)
-        elif letter in _BARE:
-            yield _BARE[letter], ()
-        elif letter:
-            raise AssertionError(f"the shim wrote a record of the unknown kind {letter!r}")
-
-
-_BARE: dict[str, Stage | type[_End]] = {
-    "T": Stage.DATA,
-    "N": Stage.EOH,
-    "E": Stage.EOM,
-    "A": Stage.ABORT,
-    "Q": Stage.CLOSE,
-    "X": _End,
-}
-
-
-def _client_address(family: str, port: str, host: str) -> ClientAddress:
-    if family == "U":
-        return None
-    return UnixAddress(host) if family == "L" else InetAddress(host, int(port))
 
 
 # ---- One filter ------------------------------------------------------------------------------
@@ -142,7 +98,21 @@ class _Connection(Conversation):
     def end_message(self) -> None:
         self.transaction = None
         self.message_failure = None
-        self.skipped.clear()
+        if self.skipped:
+            self.skipped.clear()
+
+
+class _Step(NamedTuple):
+    """A stage, as one filter has it."""
+
+    stage: Stage
+    handlers: tuple[Handler, ...]
+    silent: bool
+    """What its handlers answer is kept for the next stage that replies."""
+
+
+_Fields: TypeAlias = Iterator[str]
+_Reader: TypeAlias = Callable[[_Step, _Fields, _Connection, Call], Decision]
 
 
 class Engine:
@@ -152,8 +122,28 @@ class Engine:
         self.app = app
         self.plan = make_plan(app)
         self._on_shutdown = on_shutdown
-        self._handlers = {stage: tuple(handlers) for stage, handlers in app.handlers.items()}
         self._connections: dict[int, _Connection] = {}
+        self._steps = {stage: self._step(stage) for stage in Stage}
+        readers: dict[str, tuple[_Reader, Stage]] = {
+            "C": (self._connect, Stage.CONNECT),
+            "H": (self._helo, Stage.HELO),
+            "M": (self._mail, Stage.MAIL),
+            "R": (self._rcpt, Stage.RCPT),
+            "T": (self._bare, Stage.DATA),
+            "L": (self._header, Stage.HEADER),
+            "N": (self._bare, Stage.EOH),
+            "B": (self._body, Stage.BODY),
+            "E": (self._end_of_message, Stage.EOM),
+            "U": (self._unknown, Stage.UNKNOWN),
+            "A": (self._abort, Stage.ABORT),
+            "Q": (self._close, Stage.CLOSE),
+            "X": (self._over, Stage.ABORT),
+        }
+        self._records = {letter: (reader, self._steps[stage]) for letter, (reader, stage) in readers.items()}
+
+    def _step(self, stage: Stage) -> _Step:
+        silent = stage in self.plan.silent or stage in _WITHOUT_REPLY
+        return _Step(stage, tuple(self.app.handlers[stage]), silent)
 
     @property
     def connections(self) -> int:
@@ -168,10 +158,10 @@ class Engine:
         if missing:
             log.error("the MTA does not offer %r, which this filter requires: connection refused", missing)
             return False
-        connection = self._connections.setdefault(number, _Connection(number, self.app))
+        connection = self._connection(number)
         context = NegotiateContext(connection, negotiation)  # type: ignore[arg-type]
         try:
-            for handler in self._handlers[Stage.NEGOTIATE]:
+            for handler in self._steps[Stage.NEGOTIATE].handlers:
                 self._checked(handler, handler.function(context), Stage.NEGOTIATE)
         except BaseException as failure:
             self._failed(handler, failure, Stage.NEGOTIATE, connection, call)
@@ -180,70 +170,111 @@ class Engine:
             expire(context)
         return True
 
-    def enter(self, call: Call, number: int, text: str, chunk: bytes) -> Answer:
+    def forget(self, numbers: Iterable[int]) -> None:
+        """These connections are gone, and nobody waits to be told."""
+        for number in numbers:
+            self._connections.pop(number, None)
+
+    def enter(self, call: Call, number: int, text: str) -> Answer:
         """Replay a log, and answer the event at its end."""
-        connection = self._connections.get(number)
-        if connection is None:
-            connection = self._connections.setdefault(number, _Connection(number, self.app))
+        connection = self._connection(number)
         if call.stage is Stage.CLOSE:
             del self._connections[number]
         decision: Decision = Status.CONTINUE
-        for stage, arguments in read_log(text, chunk):
-            if stage is _End:
-                connection.end_message()
-            elif isinstance(stage, Stage):
-                decision = self._event(stage, arguments, connection, call)
+        fields = iter(text.split("\0"))
+        for letter in fields:
+            if letter:  # the text behind the last NUL is empty
+                reader, step = self._records[letter]
+                decision = reader(step, fields, connection, call)
         return _answer(decision, connection)
+
+    def _connection(self, number: int) -> _Connection:
+        connection = self._connections.get(number)
+        if connection is None:
+            connection = self._connections.setdefault(number, _Connection(number, self.app))
+        return connection
+
+    # ---- The records of a log: what each means for the conversation, and for its handlers
+
+    def _connect(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
+        connection.hostname = next(fields)
+        connection.address = _client_address(next(fields), next(fields), next(fields))
+        return self._event(step, (connection.hostname, connection.address), connection, call)
+
+    def _helo(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
+        connection.end_message()
+        connection.helo = next(fields)
+        connection.helo_failure = None
+        return self._event(step, (connection.helo,), connection, call)
+
+    def _mail(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
+        sender = _address(fields)
+        connection.end_message()
+        connection.transaction = Transaction(sender)
+        if not step.handlers:
+            return Status.CONTINUE
+        return self._event(step, (sender, sender.params), connection, call)
+
+    def _rcpt(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
+        recipient = _address(fields)
+        transaction = connection.transaction  # the verdict may end it
+        decision: Decision = Status.CONTINUE
+        if step.handlers:
+            decision = self._event(step, (recipient, recipient.params), connection, call)
+        if transaction is not None and _status(decision) not in _REFUSALS and not self._refused_by_mta(call):
+            transaction.recipients.append(recipient)
+        return decision
+
+    def _refused_by_mta(self, call: Call) -> bool:
+        return self.plan.sees_refused_recipients and call.macro(b"{rcpt_mailer}") == b"error"
+
+    def _bare(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
+        return self._event(step, (), connection, call)
+
+    def _header(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
+        return self._event(step, (next(fields), next(fields)), connection, call)
+
+    def _body(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
+        return self._event(step, (call.next_chunk(int(next(fields))),), connection, call)
+
+    def _end_of_message(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
+        decision = self._event(step, (), connection, call)
+        connection.end_message()
+        return decision
+
+    def _unknown(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
+        return self._event(step, (next(fields),), connection, call)
+
+    def _abort(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
+        self._event(step, (), connection, call)
+        connection.end_message()
+        return Status.CONTINUE
+
+    def _close(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
+        connection.end_message()
+        return self._event(step, (), connection, call)
+
+    def _over(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
+        """The message was over before this, decided without Python."""
+        connection.end_message()
+        return Status.CONTINUE
 
     # ---- Events
 
-    def _event(self, stage: Stage, arguments: tuple[Any, ...], connection: _Connection, call: Call) -> Decision:
-        self._begin(stage, arguments, connection)
-        if stage in self.plan.silent or connection.failure is None or stage in (Stage.ABORT, Stage.CLOSE):
-            decision = self._run(stage, arguments, connection, call)
-        else:
-            decision = _fitting(connection.failure, stage)
-        if stage in self.plan.silent and decision is not Status.CONTINUE:
-            self._owe(decision, stage, connection)
-            decision = Status.CONTINUE
-        self._end(stage, arguments, decision, connection, call)
+    def _event(self, step: _Step, arguments: tuple[Any, ...], connection: _Connection, call: Call) -> Decision:
+        decision: Decision = Status.CONTINUE
+        if not step.silent and connection.failure is not None:
+            decision = _fitting(connection.failure, step.stage)
+        elif step.handlers:
+            decision = self._run(step, arguments, connection, call)
+        if decision is Status.CONTINUE:
+            return decision
+        if step.silent:
+            self._owe(decision, step.stage, connection)
+            return Status.CONTINUE
+        if step.stage in _DECIDING and _decides(step.stage, _status(decision)):
+            connection.end_message()
         return decision
-
-    def _begin(self, stage: Stage, arguments: tuple[Any, ...], connection: _Connection) -> None:
-        """What an event means for the conversation, before its handlers run."""
-        if stage is Stage.CONNECT:
-            connection.hostname, connection.address = arguments
-        elif stage is Stage.HELO:
-            connection.end_message()
-            connection.helo = arguments[0]
-            connection.helo_failure = None
-        elif stage is Stage.MAIL:
-            connection.end_message()
-            connection.transaction = Transaction(arguments[0])
-        elif stage is Stage.CLOSE:
-            connection.end_message()
-
-    def _end(
-        self,
-        stage: Stage,
-        arguments: tuple[Any, ...],
-        decision: Decision,
-        connection: _Connection,
-        call: Call,
-    ) -> None:
-        """What an event means for the conversation, after its handlers have run."""
-        status = _status(decision)
-        transaction = connection.transaction
-        accepted = stage is Stage.RCPT and status not in _REFUSALS and not self._refused_by_mta(call)
-        if accepted and transaction is not None:
-            transaction.recipients.append(arguments[0])
-        if stage in (Stage.EOM, Stage.ABORT) or (stage in _DECIDING and _decides(stage, status)):
-            connection.end_message()
-
-    def _refused_by_mta(self, call: Call) -> bool:
-        if ProtocolOptions.REJECTED_RCPT not in self.plan.options:
-            return False
-        return call.macro(b"{rcpt_mailer}") == b"error"
 
     def _owe(self, decision: Decision, stage: Stage, connection: _Connection) -> None:
         """A handler raised where no reply is possible: the next stage that replies tells the MTA."""
@@ -256,16 +287,58 @@ class Engine:
 
     # ---- Handlers
 
-    def _run(self, stage: Stage, arguments: tuple[Any, ...], connection: _Connection, call: Call) -> Decision:
-        handlers = self._handlers[stage]
-        if not handlers:
-            return Status.CONTINUE
-        make = EomContext if stage is Stage.EOM else Context
-        context: Context[Any, Any] = make(connection, call)
+    def _run(self, step: _Step, arguments: tuple[Any, ...], connection: _Connection, call: Call) -> Decision:
+        if step.stage is Stage.EOM:
+            return self._run_at_end(step.handlers, connection, call)
+        context: Context[Any, Any] = Context(connection, call)
         try:
-            return self._first_decision(stage, handlers, context, arguments, connection, call)
+            return self._first_decision(step.stage, step.handlers, context, arguments, connection, call)
         finally:
             expire(context)
+
+    def _run_at_end(self, handlers: Sequence[Handler], connection: _Connection, call: Call) -> Decision:
+        """The handlers of the end of a message, which may change it, and those that want all of it."""
+        transaction = connection.transaction
+        assert transaction is not None, "the end of a message without a message"
+        if self.plan.gathers and not call.content.error:
+            transaction.message = self._message(transaction, call)
+        context: EomContext[Any, Any] = EomContext(connection, call)
+        try:
+            decision = self._first_decision(Stage.EOM, handlers, context, (), connection, call)
+            if transaction.message is not None and _status(decision) in _ACCEPTING and not transaction.spoilt:
+                decision = self._send_edits(decision, transaction.message, handlers, connection, call)
+            return decision
+        finally:
+            expire(context)
+            if transaction.message is not None:
+                freeze(transaction.message)
+
+    def _message(self, transaction: Transaction, call: Call) -> Message:
+        return Message(
+            call.content,
+            transaction.sender,
+            transaction.recipients,
+            wire_space=call.leading_space,
+            leading_space=self.plan.shows_leading_space,
+        )
+
+    def _send_edits(
+        self,
+        decision: Decision,
+        message: Message,
+        handlers: Sequence[Handler],
+        connection: _Connection,
+        call: Call,
+    ) -> Decision:
+        try:
+            edits = changes(message, _numbering(call))
+            if edits:
+                _require_granted(edits, call)
+                call.leave_changes(edits)
+        except BaseException as failure:
+            editor = next(handler for handler in reversed(handlers) if handler.form is WHOLE_MESSAGE)
+            return self._failed(editor, failure, Stage.EOM, connection, call)
+        return decision
 
     def _first_decision(
         self,
@@ -278,19 +351,22 @@ class Engine:
     ) -> Decision:
         transaction = connection.transaction
         for handler in handlers:
-            if handler in connection.skipped:
+            if connection.skipped and handler in connection.skipped:
                 continue
             try:
-                decision = self._checked(handler, handler.function(context, *arguments), stage)
+                given = (_whole(transaction, call),) if handler.form is WHOLE_MESSAGE else arguments
+                decision = self._checked(handler, handler.function(context, *given), stage)
                 if transaction is not None and transaction.body_failure is not None:
                     raise transaction.body_failure
             except BaseException as failure:
                 decision = self._failed(handler, failure, stage, connection, call)
                 if stage in (Stage.ABORT, Stage.CLOSE):
                     continue
-                if transaction is not None and decision is not Status.CONTINUE:
-                    # Where it only observes, its message goes on, though it is lost: one traceback is enough.
-                    connection.skipped.add(handler)
+                if transaction is not None:
+                    transaction.spoilt = True
+                    if decision is not Status.CONTINUE:
+                        # Where it only observes, its message goes on, though it is lost: one traceback is enough.
+                        connection.skipped.add(handler)
             if decision is Status.SKIP:
                 connection.skipped.add(handler)
             elif decision is not Status.CONTINUE:
@@ -312,7 +388,7 @@ class Engine:
         if _status(verdict) not in MEANINGFUL[stage]:
             meaningful = ", ".join(status.name for status in Status if status in MEANINGFUL[stage])
             raise ValueError(
-                f"{handler.name} returned {verdict!r}, which means nothing in {stage.decorator}; "
+                f"{handler.name} returned {verdict!r}, which means nothing in {handler.form.decorator}; "
                 f"what does: {meaningful}"
             )
         return verdict
@@ -335,7 +411,7 @@ class Engine:
         log.error(
             "%s failed in %s (client %a [%s], queue id %a); %s",
             handler.name,
-            stage.decorator,
+            handler.form.decorator,
             connection.hostname,
             connection.address,
             _queue_id(call),
@@ -343,12 +419,13 @@ class Engine:
             exc_info=failure,
         )
         if policy == "shutdown":
-            error = HandlerError(f"{handler.name} failed in {stage.decorator}: {failure!r}")
+            error = HandlerError(f"{handler.name} failed in {handler.form.decorator}: {failure!r}")
             error.__cause__ = failure
             self._on_shutdown(error)
         return decision
 
 
+_ACCEPTING = (Status.CONTINUE, Status.ACCEPT)
 _WITHOUT_REPLY = (Stage.NEGOTIATE, Stage.ABORT, Stage.CLOSE)
 _DECIDING = (Stage.MAIL, Stage.RCPT, Stage.DATA, Stage.HEADER, Stage.EOH, Stage.BODY)
 
@@ -359,7 +436,18 @@ def _answer(decision: Decision, connection: _Connection) -> Answer:
         decision,
         owes=connection.failure is not None,
         tracks=transaction is not None and transaction.state is not None,
+        holds=connection.state is not None,
     )
+
+
+def _address(fields: _Fields) -> Address:
+    return Address.from_arguments(list(itertools.islice(fields, int(next(fields)))))
+
+
+def _client_address(family: str, port: str, host: str) -> ClientAddress:
+    if family == "U":
+        return None
+    return UnixAddress(host) if family == "L" else InetAddress(host, int(port))
 
 
 def _status(decision: Decision) -> Status:
@@ -376,6 +464,29 @@ def _decides(stage: Stage, status: Status) -> bool:
 def _fitting(decision: Decision, stage: Stage) -> Decision:
     """The policy's answer, where the stage has a meaning for it; else to go on, as ACCEPT of an unknown command."""
     return decision if _status(decision) in MEANINGFUL[stage] else Status.CONTINUE
+
+
+def _whole(transaction: Transaction | None, call: Call) -> Message:
+    assert transaction is not None, "the end of a message without a message"
+    if transaction.message is None:
+        error = call.content.error
+        raise OSError(error, f"the message could not be kept for on_message: {os.strerror(error)}")
+    return transaction.message
+
+
+def _require_granted(edits: Sequence[Change], call: Call) -> None:
+    missing = needed(edits) & ~call.granted()[0]
+    if missing:
+        raise ActionError(
+            f"the edits of the message were not sent: they need {missing!r}, which the MTA did not grant "
+            "(or Milter(actions=…) did not ask for it)"
+        )
+
+
+def _numbering(call: Call) -> Numbering:
+    """How this MTA counts header fields. Postfix says who it is unasked (MILTER_README, macro v)."""
+    version = call.macro(b"v")
+    return Numbering.of(None if version is None else version.decode("utf-8", "surrogateescape"))
 
 
 def _on_one_line(decision: Decision) -> str:

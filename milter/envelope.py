@@ -105,27 +105,25 @@ class Address(str):
     ('ann@example.org', '<ann@example.org>', '100')
     """
 
-    __slots__ = ("_params", "_raw")
-    _raw: str
-    _params: Params
+    __slots__ = ("_arguments",)
+    _arguments: Sequence[str]
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str]) -> "Address":
         """Make one of the arguments of a MAIL or RCPT command, the address first."""
-        raw = arguments[0] if arguments else ""
-        address = cls(without_brackets(raw))
-        address._raw = raw
-        address._params = Params(arguments[1:])
+        address = cls(without_brackets(arguments[0]) if arguments else "")
+        address._arguments = arguments
         return address
 
     @property
     def raw(self) -> str:
         """The address exactly as the client wrote it."""
-        return getattr(self, "_raw", str(self))
+        arguments = getattr(self, "_arguments", ())
+        return arguments[0] if arguments else str(self)
 
     @property
     def params(self) -> Params:
         """The ESMTP parameters that came with it."""
-        return getattr(self, "_params", Params())
+        return Params(getattr(self, "_arguments", ())[1:])
 
     # Comparison and hash are those of str: an Address is equal to its text.

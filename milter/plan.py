@@ -4,11 +4,13 @@
 The engine hands the result to the shim, which answers negotiations by it.
 """
 
+import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from milter.app import Handler, Milter
+from milter.app import WHOLE_MESSAGE, Handler, Milter
 from milter.protocol import (
     MACRO_LISTS,
     Actions,
@@ -25,6 +27,7 @@ _REPLYING_STAGES = tuple(Stage(number) for number in range(Stage.UNKNOWN.value +
 _NO_REPLY = {stage: ProtocolOptions[f"NOREPLY_{stage.name}"] for stage in _REPLYING_STAGES}
 
 # The library remembers the envelope and the client, so it wants to hear of them without handlers too.
+_CONTENT = frozenset((Stage.HEADER, Stage.EOH, Stage.BODY))
 _REMEMBERED = (Stage.CONNECT, Stage.HELO, Stage.MAIL, Stage.RCPT)
 
 
@@ -36,6 +39,15 @@ class Plan:
     remembered: frozenset[Stage]
     silent: frozenset[Stage]
     """Stages that never reply: nobody wants them, or all their handlers only observe."""
+    deferred: frozenset[Stage]
+    """Silent stages whose handlers may be called later, together with the next event that replies."""
+    gathers: bool
+    """Whole messages are wanted at their end."""
+    spool_size: int
+    spool_directory: str
+    sees_refused_recipients: bool
+    shows_leading_space: bool
+    """Handlers want the space after a header's colon, which the library may ask for by itself."""
     actions: Actions
     requires: Actions
     options: ProtocolOptions
@@ -55,14 +67,21 @@ class Plan:
 def make_plan(app: Milter[Any, Any]) -> Plan:
     handled = frozenset(stage for stage in Stage if app.handlers[stage])
     silent = frozenset(stage for stage in _REPLYING_STAGES if all(handler.observes for handler in app.handlers[stage]))
+    gathers = any(handler.form is WHOLE_MESSAGE for handler in app.handlers[Stage.EOM])
     declared = _declared_macros(app.handlers)
     return Plan(
         handled=handled,
         remembered=frozenset(_REMEMBERED) - handled,
         silent=silent,
+        deferred=(handled & silent) - {Stage.RCPT},  # the macros of a recipient are gone with the next one
+        gathers=gathers,
+        spool_size=app.spool_size,
+        spool_directory=os.fspath(app.spool_directory or tempfile.gettempdir()),
+        sees_refused_recipients=app.rejected_recipients and Stage.RCPT in handled,
+        shows_leading_space=app.leading_space,
         actions=app.actions & ~Actions.REQUEST_MACROS,
         requires=app.requires,
-        options=_options(app, handled, silent),
+        options=_options(app, handled, silent, gathers),
         declared_macros=declared,
         known_macros=known_macros(name for names in declared.values() for name in names),
         negotiates=Stage.NEGOTIATE in handled,
@@ -78,11 +97,14 @@ def _declared_macros(handlers: dict[Stage, list[Handler]]) -> dict[MacroList, tu
     return declared
 
 
-def _options(app: Milter[Any, Any], handled: frozenset[Stage], silent: frozenset[Stage]) -> ProtocolOptions:
-    options = _union(_NO_REPLY[stage] for stage in silent) | _declined(handled)
-    if Stage.BODY in handled and Stage.BODY not in silent:
+def _options(
+    app: Milter[Any, Any], handled: frozenset[Stage], silent: frozenset[Stage], gathers: bool
+) -> ProtocolOptions:
+    options = _union(_NO_REPLY[stage] for stage in silent)
+    options |= _declined(handled | _CONTENT if gathers else handled)
+    if Stage.BODY in handled and Stage.BODY not in silent and not gathers:
         options |= ProtocolOptions.SKIP
-    if app.leading_space:
+    if app.leading_space or gathers:  # a message is to be exact, whatever handlers are shown
         options |= ProtocolOptions.LEADING_SPACE
     if app.rejected_recipients and Stage.RCPT in handled:
         options |= ProtocolOptions.REJECTED_RCPT

@@ -26,9 +26,8 @@ def connected(process: FilterProcess) -> Client:
 
 def test_client_addresses_prints_each_client(run_filter: RunFilter) -> None:
     example = run_filter("examples/client_addresses.py", "inet:0@127.0.0.1")
-    client = connected(example)
+    connected(example).close()
     assert example.stdout.wait_for("connect") == "connect from 192.0.2.1:0"
-    client.close()
 
 
 def test_recipient_counter_counts_for_each_message_anew(run_filter: RunFilter) -> None:

@@ -19,10 +19,11 @@ enum milter_stage {
     MILTER_CONNECT, MILTER_HELO, MILTER_MAIL, MILTER_RCPT, MILTER_DATA, MILTER_HEADER, MILTER_EOH, MILTER_BODY,
     MILTER_EOM, MILTER_UNKNOWN, MILTER_ABORT, MILTER_CLOSE, MILTER_STAGES
 };
-enum milter_mode { MILTER_IGNORE, MILTER_RECORD, MILTER_ENTER };
+enum milter_mode { MILTER_IGNORE, MILTER_RECORD, MILTER_DEFER, MILTER_ENTER };
 #define MILTER_ANSWERED ...
 #define MILTER_OWED ...
 #define MILTER_TRACKS ...
+#define MILTER_HOLDS ...
 enum milter_result {
     MILTER_OK, MILTER_EXPIRED, MILTER_NOT_EOM, MILTER_NOT_GRANTED, MILTER_TOO_LONG, MILTER_BODY_OVER, MILTER_FAILED,
     MILTER_ABSENT, ...
@@ -36,9 +37,36 @@ struct milter_plan {
     unsigned long steps;
     const char *macros[7];
     int negotiates;
+    int gathers;
+    int leading_space;
+    size_t spool_size;
+    const char *spool_directory;
 };
 struct milter_run;
 struct milter_session;
+struct milter_event {
+    struct milter_run *run;
+    struct milter_session *session;
+    uint64_t token;
+    uint64_t number;
+    int app;
+    int stage;
+    int ended;
+    int content_error;
+    unsigned long actions;
+    unsigned long steps;
+    const char *log;
+    size_t log_size;
+    const char *chunks;
+    size_t chunks_size;
+    const char *content;
+    int content_file;
+    size_t content_size;
+    size_t header_size;
+    char *changes;
+    size_t changes_capacity;
+    size_t changes_size;
+};
 
 int milter_register(const char *name);
 int milter_serve(int wake_fd);
@@ -47,10 +75,10 @@ struct milter_run *milter_begin(const struct milter_plan *plan);
 void milter_end(struct milter_run *run);
 int milter_wait_sessions(struct milter_run *run, int milliseconds);
 int milter_wait_handlers(struct milter_run *run, int milliseconds);
+int milter_take_ended(struct milter_run *run, uint64_t *numbers, int count);
 
 int milter_macro(struct milter_session *session, uint64_t token, const char *name, char *buffer, size_t size);
 int milter_request_macros(struct milter_session *session, uint64_t token, int where, const char *names);
-int milter_granted(struct milter_session *session, uint64_t token, unsigned long *actions, unsigned long *steps);
 int milter_set_reply(struct milter_session *session, uint64_t token, const char *code, const char *enhanced,
                      char *const *lines, size_t count);
 int milter_add_header(struct milter_session *session, uint64_t token, const char *name, const char *value);
@@ -66,11 +94,10 @@ int milter_remove_recipient(struct milter_session *session, uint64_t token, cons
 int milter_send_body(struct milter_session *session, uint64_t token, const char *data, size_t size);
 int milter_quarantine(struct milter_session *session, uint64_t token, const char *reason);
 int milter_progress(struct milter_session *session, uint64_t token);
+char *milter_reserve_changes(struct milter_event *event, size_t size);
 
 /* Python, as the shim sees it. */
 extern "Python+C" int milter_python_negotiate(struct milter_session *session, uint64_t token, uint64_t number,
                                               int app, unsigned long offered_actions, unsigned long offered_steps,
                                               unsigned long *actions, unsigned long *steps);
-extern "Python+C" int milter_python_enter(struct milter_session *session, uint64_t token, uint64_t number, int app,
-                                          int stage, const char *log, size_t log_size, const char *chunk,
-                                          size_t chunk_size);
+extern "Python+C" int milter_python_enter(struct milter_event *event);

@@ -7,17 +7,20 @@
  *
  *   1. A thread of libmilter calls one of the thirteen functions that
  *      milter_register registered, say on_header.
- *   2. The function appends a record to the session's log. Nobody else touches
- *      the log: libmilter serves a session on one thread at a time.
- *   3. conclude() looks at the plan. Does no handler want this stage, the event
- *      waits in the log for a later call, and libmilter gets its answer here.
+ *   2. The function appends a record to the session's log, and content that
+ *      on_message wants to the gathered message (gather.c). Nobody else touches
+ *      either: libmilter serves a session on one thread at a time.
+ *   3. conclude() looks at the plan. Does no handler want this stage, or do its
+ *      handlers only observe, the event waits in the log for a later call, and
+ *      libmilter gets its answer here.
  *   4. Otherwise enter_python() passes the gate, gives the session a token, and
  *      calls milter_python_enter with the whole log. This takes the GIL.
  *   5. Handlers act through the functions under "The session" in the header.
  *      Each takes the session's lock, and does nothing unless its token is the
  *      session's: the call that a context was made for is still going on.
  *   6. Back in C, the token is withdrawn (which waits for an action that another
- *      thread has under way), the log is emptied, and the verdict is checked.
+ *      thread has under way), the log is emptied, the changes that Python left
+ *      behind are sent (changes.c), and the verdict is checked.
  *   7. conclude() turns it into libmilter's answer. Whatever went wrong on the
  *      way is a temporary failure, never "continue".
  *
@@ -32,7 +35,8 @@
  * Locks
  *
  *   session->lock   token, ctx and every smfi_* call that Python asks for.
- *   registry_lock   the free list and the ring of closed sessions.
+ *   registry_lock   the free list, the ring of closed sessions, and each run's
+ *                   list of ended ones.
  *   No function holds both. Python is never entered with either.
  *
  * A log is a sequence of records. A record is a letter (that of the protocol's
@@ -44,13 +48,15 @@
  *   R count argument...
  *   T, N, E, A, Q                  data, end of header, end of message, abort, close
  *   L name value
- *   B                              the chunk is an argument of the call
+ *   B size                         a piece of the body: its bytes are among the chunks
  *   U command
  *   X                              the message is over, decided without Python
  */
 #define _POSIX_C_SOURCE 200809L
 
 #include "milter_shim.h"
+
+#include "content.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -66,12 +72,11 @@
 #include <unistd.h>
 
 enum {
-    LOG_FIRST = 512,       /* bytes of a session's first log */
     LOG_KEPT = 4096,       /* a larger log is given back once Python has read it */
-    LOG_FULL = 64 * 1024,  /* a log of this size is delivered, wanted or not */
+    LOG_FULL = 64 * 1024,  /* a log of this size is delivered, wanted or not; the chunks of the body count */
+    CHANGES_FIRST = 1024,  /* bytes of changes for which no memory must be asked */
     CLOSED_SESSIONS = 256, /* how many closed sessions are remembered, see resume() */
     REPLY_LINES = 32,      /* libmilter's limit of lines in a reply */
-    BODY_PART = 1 << 30,   /* bytes of one smfi_replacebody, which takes an int */
     HANG_UP = 21           /* libmilter's _SMFIS_ABORT (engine.c): close the connection, without a reply */
 };
 
@@ -80,6 +85,9 @@ enum body { BODY_UNTOUCHED, BODY_BEGUN, BODY_ENDED };
 
 struct milter_run {
     struct milter_plan plan;
+    struct spool spool;
+    struct milter_session *ended; /* under registry_lock: closed, and Python does not know it yet */
+    atomic_int unheard;           /* how many those are */
     atomic_bool closed;  /* the gate: no callback enters Python any more */
     atomic_int inside;   /* callbacks in Python, or on their way */
     atomic_int sessions; /* open connections of MTAs */
@@ -102,14 +110,19 @@ struct milter_session {
     bool seen;       /* Python has heard of this message */
     bool owed;
     bool tracked;
-    bool client_unread; /* the log holds CONNECT or HELO, which Python has not read */
+    bool held;             /* Python keeps state of this session */
+    bool client_unread;    /* the log holds CONNECT or HELO, which Python has not read */
+    bool client_deferred;  /* the log holds events outside a message that observers wait for */
+    bool message_deferred; /* the same within the message */
     enum failure failure;
     sfsistat decision; /* of the last message that was decided */
-    char *log;
-    size_t log_size, log_capacity;
-    size_t message_mark; /* where the message begins in the log */
-    size_t record_mark;  /* where the record of this event begins */
-    struct milter_session *next_free;
+    struct buffer log;
+    struct buffer chunks; /* of the body, for the records B in the log */
+    size_t message_mark;  /* where the message begins in the log */
+    size_t record_mark;   /* where the record of this event begins */
+    struct content content;
+    size_t header_size; /* of the content */
+    struct milter_session *next; /* in the list of free or ended ones */
 };
 
 /* What is left of a session after its end, in case the connection goes on without a negotiation. */
@@ -144,7 +157,7 @@ static struct milter_session *new_session(SMFICTX *ctx, struct milter_run *run)
     pthread_mutex_lock(&registry_lock);
     struct milter_session *session = free_sessions;
     if (session != NULL)
-        free_sessions = session->next_free;
+        free_sessions = session->next;
     pthread_mutex_unlock(&registry_lock);
 
     if (session == NULL) {
@@ -168,17 +181,24 @@ static struct milter_session *new_session(SMFICTX *ctx, struct milter_run *run)
     session->run = run;
     session->number = atomic_fetch_add(&last_number, 1) + 1;
     session->in_message = session->known = session->seen = false;
-    session->owed = session->tracked = session->client_unread = false;
+    session->owed = session->tracked = session->held = false;
+    session->client_unread = session->client_deferred = session->message_deferred = false;
     session->failure = SOUND;
     session->decision = SMFIS_TEMPFAIL;
-    session->log = NULL;
-    session->log_size = session->log_capacity = session->message_mark = session->record_mark = 0;
-    session->next_free = NULL;
+    session->log = session->chunks = (struct buffer){NULL, 0, 0};
+    session->message_mark = session->record_mark = session->header_size = 0;
+    content_init(&session->content);
+    session->next = NULL;
     atomic_fetch_add(&run->sessions, 1);
     return session;
 }
 
-/* By the thread that serves the session, outside Python. The session is nobody's afterwards. */
+/*
+ * By the thread that serves the session, outside Python. The session is nobody's
+ * afterwards; but one of which Python still has objects goes to the run's list of
+ * ended ones: the next call into Python drops them, which costs less than a call
+ * of its own at each end of a connection.
+ */
 static void release(struct milter_session *session)
 {
     struct milter_run *run = session->run;
@@ -187,8 +207,9 @@ static void release(struct milter_session *session)
     const struct closed_session closed = {session->ctx, run, session->actions, session->steps};
     session->ctx = NULL;
     pthread_mutex_unlock(&session->lock);
-    free(session->log);
-    session->log = NULL;
+    buffer_free(&session->log);
+    buffer_free(&session->chunks);
+    content_clear(&session->content);
 
     pthread_mutex_lock(&registry_lock);
     unsigned place = closed_count % CLOSED_SESSIONS;
@@ -198,8 +219,12 @@ static void release(struct milter_session *session)
     if (place == closed_count % CLOSED_SESSIONS)
         closed_count++;
     closed_sessions[place] = closed;
-    session->next_free = free_sessions;
-    free_sessions = session;
+    const bool unheard = session->known && !atomic_load(&run->closed);
+    struct milter_session **list = unheard ? &run->ended : &free_sessions;
+    session->next = *list;
+    *list = session;
+    if (unheard)
+        atomic_fetch_add(&run->unheard, 1);
     pthread_mutex_unlock(&registry_lock);
 
     atomic_fetch_sub(&run->sessions, 1);
@@ -251,7 +276,7 @@ static struct milter_session *session_of(SMFICTX *ctx)
     if (session == NULL)
         session = resume(ctx);
     if (session != NULL)
-        session->record_mark = session->log_size;
+        session->record_mark = session->log.size;
     return session;
 }
 
@@ -267,20 +292,8 @@ static void fail(struct milter_session *session)
 /* By the thread that serves the session. */
 static void log_bytes(struct milter_session *session, const char *bytes, size_t size)
 {
-    if (size > session->log_capacity - session->log_size) {
-        size_t capacity = session->log_capacity > 0 ? session->log_capacity : LOG_FIRST;
-        while (capacity - session->log_size < size)
-            capacity *= 2;
-        char *log = realloc(session->log, capacity);
-        if (log == NULL) {
-            fail(session);
-            return;
-        }
-        session->log = log;
-        session->log_capacity = capacity;
-    }
-    memcpy(session->log + session->log_size, bytes, size);
-    session->log_size += size;
+    if (!buffer_append(&session->log, bytes, size))
+        fail(session);
 }
 
 static void log_text(struct milter_session *session, const char *text)
@@ -288,16 +301,22 @@ static void log_text(struct milter_session *session, const char *text)
     log_bytes(session, text, strlen(text) + 1);
 }
 
+static void log_number(struct milter_session *session, size_t number)
+{
+    char digits[24];
+
+    snprintf(digits, sizeof digits, "%zu", number);
+    log_text(session, digits);
+}
+
 static void log_arguments(struct milter_session *session, const char *letter, char **arguments)
 {
-    char count[24];
     size_t n = 0;
 
     while (arguments[n] != NULL)
         n++;
-    snprintf(count, sizeof count, "%zu", n);
     log_text(session, letter);
-    log_text(session, count);
+    log_number(session, n);
     for (size_t i = 0; i < n; i++)
         log_text(session, arguments[i]);
 }
@@ -331,21 +350,31 @@ static void log_client(struct milter_session *session, const char *hostname, _SO
 /* After Python has read the log. */
 static void empty_log(struct milter_session *session)
 {
-    if (session->log_capacity > LOG_KEPT) {
-        free(session->log);
-        session->log = NULL;
-        session->log_capacity = 0;
-    }
-    session->log_size = session->message_mark = 0;
+    if (session->log.capacity > LOG_KEPT)
+        buffer_free(&session->log);
+    buffer_free(&session->chunks);
+    session->log.size = session->message_mark = 0;
+    session->client_deferred = session->message_deferred = false;
 }
 
 /* Forget the events of the message, which ended without Python; it must only hear that it is over. */
 static void forget_message(struct milter_session *session)
 {
-    session->log_size = session->message_mark;
+    session->log.size = session->message_mark;
+    buffer_free(&session->chunks);
+    session->message_deferred = false;
     if (session->seen)
         log_text(session, "X");
-    session->seen = session->tracked = false;
+}
+
+/* The message is over, and whoever wanted to know of it does. */
+static void end_message(struct milter_session *session)
+{
+    session->in_message = session->seen = session->tracked = false;
+    if (session->failure == MESSAGE_FAILED)
+        session->failure = SOUND;
+    content_clear(&session->content);
+    session->header_size = 0;
 }
 
 /* ---- Into Python and back --------------------------------------------------------------- */
@@ -407,17 +436,57 @@ static void end_call(struct milter_session *session)
     atomic_fetch_sub(&session->run->inside, 1);
 }
 
-/* By the thread that serves the session, without a lock. Returns Python's answer, 0 for a failure. */
+/* The content is whole now: Python may read it until the call returns. */
+static void show_content(struct milter_session *session, struct milter_event *event)
+{
+    content_finish(&session->content);
+    event->content_error = session->content.error;
+    event->content_size = content_size(&session->content);
+    event->header_size = session->header_size;
+    event->content_file = session->content.file;
+    event->content = session->content.file < 0 ? session->content.memory.bytes : NULL;
+}
+
+/*
+ * By the thread that serves the session, without a lock. `chunk` is what the last
+ * record of the log speaks of, if that is a piece of the body and none waits.
+ * Returns Python's answer, 0 for a failure.
+ */
 static int enter_python(struct milter_session *session, enum milter_stage stage, const void *chunk, size_t size)
 {
     const uint64_t token = begin_call(session, stage);
+    char changes[CHANGES_FIRST];
     int answer = 0;
 
     if (token != 0) {
+        struct milter_event event = {
+            .run = session->run,
+            .session = session,
+            .token = token,
+            .number = session->number,
+            .app = session->run->plan.app,
+            .stage = (int)stage,
+            .ended = atomic_load(&session->run->unheard),
+            .actions = session->actions,
+            .steps = session->steps,
+            .log = session->log.bytes,
+            .log_size = session->log.size,
+            .chunks = chunk != NULL ? chunk : session->chunks.bytes,
+            .chunks_size = chunk != NULL ? size : session->chunks.size,
+            .content_file = -1,
+            .changes = changes,
+            .changes_capacity = sizeof changes,
+        };
+        if (stage == MILTER_EOM)
+            show_content(session, &event);
         session->seen = session->in_message;
-        answer = milter_python_enter(session, token, session->number, session->run->plan.app, (int)stage,
-                                     session->log, session->log_size, chunk, size);
+        answer = milter_python_enter(&event);
         end_call(session);
+        if ((answer & MILTER_ANSWERED) != 0 && event.changes_size > 0 &&
+            !milter_send_changes(session->ctx, event.changes, event.changes_size))
+            answer = 0;
+        if (event.changes != changes)
+            free(event.changes);
     }
     empty_log(session);
     if ((answer & MILTER_ANSWERED) == 0) {
@@ -429,6 +498,7 @@ static int enter_python(struct milter_session *session, enum milter_stage stage,
     session->client_unread = false;
     session->owed = (answer & MILTER_OWED) != 0;
     session->tracked = (answer & MILTER_TRACKS) != 0;
+    session->held = (answer & MILTER_HOLDS) != 0;
     return answer;
 }
 
@@ -467,6 +537,24 @@ static bool ends_message(enum milter_stage stage, sfsistat verdict)
     return true;
 }
 
+/* Keeps a piece of the body for the observers, until Python is entered. */
+static void defer_chunk(struct milter_session *session, const void *chunk, size_t size)
+{
+    if (!buffer_append(&session->chunks, chunk, size))
+        fail(session);
+}
+
+/* Does the event at the end of the log lead into Python, or can it wait there? */
+static bool enters(const struct milter_session *session, enum milter_stage stage, size_t size)
+{
+    const enum milter_mode mode = session->run->plan.mode[stage];
+    const bool silent = (session->steps & no_reply_bit[stage]) != 0;
+    const bool waited_for = session->client_deferred || session->message_deferred || session->owed;
+
+    return mode == MILTER_ENTER || (waited_for && !silent) || (session->tracked && stage == MILTER_EOM) ||
+           session->log.size + session->chunks.size + size > LOG_FULL;
+}
+
 /*
  * By each callback, after the event was recorded; without a lock. Returns what
  * libmilter shall do. In a stage that does not reply that is always "no reply":
@@ -475,15 +563,20 @@ static bool ends_message(enum milter_stage stage, sfsistat verdict)
 static sfsistat conclude(struct milter_session *session, enum milter_stage stage, const void *chunk, size_t size)
 {
     const bool silent = (session->steps & no_reply_bit[stage]) != 0;
-    const bool wanted = session->run->plan.mode[stage] == MILTER_ENTER || session->log_size > LOG_FULL ||
-                        (session->owed && !silent) || (session->tracked && stage == MILTER_EOM);
     sfsistat verdict = SMFIS_CONTINUE;
     bool told = false;
 
     if (stage >= MILTER_RCPT && stage <= MILTER_EOM && !session->in_message) {
         /* An MTA that goes on with a message after its verdict gets the verdict again. */
-        session->log_size = session->record_mark;
+        session->log.size = session->record_mark;
         return silent ? SMFIS_NOREPLY : session->decision;
+    }
+    if (session->run->plan.mode[stage] == MILTER_DEFER)
+        *(session->in_message ? &session->message_deferred : &session->client_deferred) = true;
+    const bool wanted = enters(session, stage, size);
+    if (chunk != NULL && (!wanted || session->chunks.size > 0)) {
+        defer_chunk(session, chunk, size);
+        chunk = NULL;
     }
     if (wanted) {
         const int answer = enter_python(session, stage, chunk, size);
@@ -499,13 +592,10 @@ static sfsistat conclude(struct milter_session *session, enum milter_stage stage
     if (verdict == SMFIS_SKIP && (stage != MILTER_BODY || (session->steps & SMFIP_SKIP) == 0))
         verdict = SMFIS_CONTINUE; /* Sendmail answers a SKIP elsewhere by leaving out the body */
     if (session->in_message && ends_message(stage, verdict)) {
-        session->in_message = false;
         session->decision = verdict;
         if (!told)
             forget_message(session);
-        session->seen = session->tracked = false;
-        if (session->failure == MESSAGE_FAILED)
-            session->failure = SOUND;
+        end_message(session);
     }
     return verdict;
 }
@@ -515,16 +605,13 @@ static void abort_message(struct milter_session *session)
 {
     if (!session->in_message)
         return;
-    if (session->run->plan.mode[MILTER_ABORT] == MILTER_ENTER || session->tracked) {
+    if (session->run->plan.mode[MILTER_ABORT] == MILTER_ENTER || session->tracked || session->message_deferred) {
         log_text(session, "A");
         enter_python(session, MILTER_ABORT, NULL, 0);
-        session->seen = session->tracked = false;
     } else {
         forget_message(session);
     }
-    session->in_message = false;
-    if (session->failure == MESSAGE_FAILED)
-        session->failure = SOUND;
+    end_message(session);
 }
 
 /* ---- libmilter's callbacks: each by a thread of libmilter, one at a time for a connection - */
@@ -623,7 +710,7 @@ static sfsistat on_mail(SMFICTX *ctx, char **arguments)
     abort_message(session); /* an unknown command hides from libmilter that one is under way */
     session->in_message = true;
     session->seen = session->tracked = false;
-    session->message_mark = session->log_size;
+    session->message_mark = session->log.size;
     pthread_mutex_lock(&session->lock);
     session->body = BODY_UNTOUCHED;
     pthread_mutex_unlock(&session->lock);
@@ -658,16 +745,34 @@ static sfsistat on_data(SMFICTX *ctx)
     return conclude(session, MILTER_DATA, NULL, 0);
 }
 
+/* A part of the message for on_message; `size` bytes that are libmilter's. */
+static void gather(struct milter_session *session, const void *bytes, size_t size)
+{
+    if (session->run->plan.gathers && session->in_message)
+        content_append(&session->content, bytes, size, &session->run->spool);
+}
+
+/* With SMFIP_HDR_LEADSPC the value begins right after the colon; handlers see it so only if they asked for that. */
+static const char *shown_value(const struct milter_session *session, const char *value)
+{
+    const bool verbatim = session->run->plan.leading_space || (session->steps & SMFIP_HDR_LEADSPC) == 0;
+
+    return verbatim || *value != ' ' ? value : value + 1;
+}
+
 static sfsistat on_header(SMFICTX *ctx, char *name, char *value)
 {
     struct milter_session *session = session_of(ctx);
 
     if (session == NULL)
         return HANG_UP;
+    gather(session, name, strlen(name) + 1);
+    gather(session, value, strlen(value) + 1);
+    session->header_size = content_size(&session->content);
     if (!ignored(session, MILTER_HEADER)) {
         log_text(session, "L");
         log_text(session, name);
-        log_text(session, value);
+        log_text(session, shown_value(session, value));
     }
     return conclude(session, MILTER_HEADER, NULL, 0);
 }
@@ -690,8 +795,11 @@ static sfsistat on_body(SMFICTX *ctx, unsigned char *chunk, size_t size)
 
     if (session == NULL)
         return HANG_UP;
-    if (!ignored(session, MILTER_BODY))
-        log_text(session, "B");
+    gather(session, chunk, size);
+    if (ignored(session, MILTER_BODY))
+        return conclude(session, MILTER_BODY, NULL, 0);
+    log_text(session, "B");
+    log_number(session, size);
     return conclude(session, MILTER_BODY, chunk, size);
 }
 
@@ -739,9 +847,10 @@ static sfsistat on_close(SMFICTX *ctx)
         return SMFIS_CONTINUE;
     smfi_setpriv(ctx, NULL);
     abort_message(session);
-    if (session->known || session->run->plan.mode[MILTER_CLOSE] == MILTER_ENTER) {
+    if (session->held || session->client_deferred || session->run->plan.mode[MILTER_CLOSE] == MILTER_ENTER) {
         log_text(session, "Q");
         enter_python(session, MILTER_CLOSE, NULL, 0);
+        session->known = false;
     }
     release(session);
     return SMFIS_CONTINUE;
@@ -820,6 +929,11 @@ struct milter_run *milter_begin(const struct milter_plan *plan)
     if (run == NULL)
         return NULL;
     run->plan = *plan;
+    if (plan->gathers) {
+        run->spool = (struct spool){plan->spool_size, strdup(plan->spool_directory)};
+        if (run->spool.directory == NULL)
+            return NULL;
+    }
     for (int where = SMFIM_FIRST; where <= SMFIM_LAST; where++) {
         if (plan->macros[where] == NULL)
             continue;
@@ -860,6 +974,26 @@ int milter_wait_sessions(struct milter_run *run, int milliseconds)
 int milter_wait_handlers(struct milter_run *run, int milliseconds)
 {
     return wait_for_zero(&run->inside, milliseconds);
+}
+
+/*
+ * Any thread. The numbers of connections that are gone, whose objects Python can
+ * drop; their sessions become free. Returns how many.
+ */
+int milter_take_ended(struct milter_run *run, uint64_t *numbers, int count)
+{
+    int taken = 0;
+
+    pthread_mutex_lock(&registry_lock);
+    for (struct milter_session *session; taken < count && (session = run->ended) != NULL; taken++) {
+        numbers[taken] = session->number;
+        run->ended = session->next;
+        session->next = free_sessions;
+        free_sessions = session;
+    }
+    atomic_fetch_sub(&run->unheard, taken);
+    pthread_mutex_unlock(&registry_lock);
+    return taken;
 }
 
 /* ---- The session: by handlers, without the GIL ------------------------------------------- */
@@ -946,18 +1080,6 @@ int milter_request_macros(struct milter_session *session, uint64_t token, int wh
     const int set = smfi_setsymlist(session->ctx, where, text(names));
     pthread_mutex_unlock(&session->lock);
     return set == MI_SUCCESS ? MILTER_OK : MILTER_FAILED;
-}
-
-int milter_granted(struct milter_session *session, uint64_t token, unsigned long *actions, unsigned long *steps)
-{
-    const int result = lock_session(session, token);
-
-    if (result != MILTER_OK)
-        return result;
-    *actions = session->actions;
-    *steps = session->steps;
-    pthread_mutex_unlock(&session->lock);
-    return MILTER_OK;
 }
 
 /*
@@ -1063,7 +1185,7 @@ int milter_send_body(struct milter_session *session, uint64_t token, const char 
     else
         session->body = BODY_BEGUN;
     while (result == MILTER_OK) {
-        const size_t part = size < BODY_PART ? size : BODY_PART;
+        const size_t part = size < MILTER_BODY_PART ? size : MILTER_BODY_PART;
         if (smfi_replacebody(session->ctx, (unsigned char *)text(data), (int)part) != MI_SUCCESS)
             result = MILTER_FAILED;
         data += part;
@@ -1097,4 +1219,16 @@ int milter_progress(struct milter_session *session, uint64_t token)
     const int sent = session->body != BODY_BEGUN ? smfi_progress(session->ctx) : MI_SUCCESS;
     pthread_mutex_unlock(&session->lock);
     return sent == MI_SUCCESS ? MILTER_OK : MILTER_FAILED;
+}
+
+/* Within milter_python_enter: room for so many bytes of changes. NULL: out of memory. */
+char *milter_reserve_changes(struct milter_event *event, size_t size)
+{
+    char *changes = malloc(size);
+
+    if (changes != NULL) {
+        event->changes = changes;
+        event->changes_capacity = size;
+    }
+    return changes;
 }

@@ -1,0 +1,156 @@
+/* SPDX-License-Identifier: GPL-3.0-or-later */
+/* See content.h. Each function is called by the owner of its argument. */
+#define _GNU_SOURCE /* O_TMPFILE, where there is one */
+
+#include "content.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum {
+    BUFFER_FIRST = 512,
+    CONTENT_FIRST = 8 * 1024,  /* most messages fit in this, or are far larger */
+    FILE_BUFFER = 64 * 1024,   /* header fields are small: they are written together */
+    PATH_LONGEST = 4096
+};
+
+/* Makes room for `size` bytes more. False: out of memory, nothing has changed. */
+static bool reserve(struct buffer *buffer, size_t size, size_t first)
+{
+    if (size <= buffer->capacity - buffer->size)
+        return true;
+    size_t capacity = buffer->capacity > 0 ? buffer->capacity : first;
+    while (capacity - buffer->size < size) {
+        if (capacity > SIZE_MAX / 2)
+            return false;
+        capacity *= 2;
+    }
+    char *bytes = realloc(buffer->bytes, capacity);
+    if (bytes == NULL)
+        return false;
+    buffer->bytes = bytes;
+    buffer->capacity = capacity;
+    return true;
+}
+
+static void put(struct buffer *buffer, const void *bytes, size_t size)
+{
+    if (size > 0)
+        memcpy(buffer->bytes + buffer->size, bytes, size);
+    buffer->size += size;
+}
+
+bool buffer_append(struct buffer *buffer, const void *bytes, size_t size)
+{
+    if (!reserve(buffer, size, BUFFER_FIRST))
+        return false;
+    put(buffer, bytes, size);
+    return true;
+}
+
+void buffer_free(struct buffer *buffer)
+{
+    free(buffer->bytes);
+    *buffer = (struct buffer){NULL, 0, 0};
+}
+
+void content_init(struct content *content)
+{
+    *content = (struct content){.file = -1};
+}
+
+/* Returns the descriptor of a file that has no name any more, or -1. */
+static int temporary_file(const char *directory)
+{
+    char path[PATH_LONGEST];
+
+#ifdef O_TMPFILE
+    const int nameless = open(directory, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (nameless >= 0)
+        return nameless;
+    if (errno == EMFILE || errno == ENFILE || errno == ENOSPC)
+        return -1;
+#endif
+    if ((size_t)snprintf(path, sizeof path, "%s/milter-XXXXXX", directory) >= sizeof path) {
+        errno = ENAMETOOLONG;
+        return -1;
+    }
+    const int file = mkstemp(path);
+    if (file < 0)
+        return -1;
+    unlink(path);
+    fcntl(file, F_SETFD, FD_CLOEXEC);
+    return file;
+}
+
+static int write_all(int file, const char *bytes, size_t size)
+{
+    while (size > 0) {
+        const ssize_t written = write(file, bytes, size);
+        if (written < 0 && errno == EINTR)
+            continue;
+        if (written < 0)
+            return errno;
+        bytes += written;
+        size -= (size_t)written;
+    }
+    return 0;
+}
+
+/* Writes what is in memory to the file, and `bytes` after it. Returns an errno or 0. */
+static int spill(struct content *content, const void *bytes, size_t size, const char *directory)
+{
+    if (content->file < 0) {
+        content->file = temporary_file(directory);
+        if (content->file < 0)
+            return errno;
+    }
+    int error = write_all(content->file, content->memory.bytes, content->memory.size);
+    if (error == 0)
+        error = write_all(content->file, bytes, size);
+    content->in_file += content->memory.size + size;
+    if (content->memory.capacity > FILE_BUFFER)
+        buffer_free(&content->memory);
+    content->memory.size = 0;
+    return error;
+}
+
+/* Once something failed, this does nothing: the error stands for the whole content. */
+void content_append(struct content *content, const void *bytes, size_t size, const struct spool *spool)
+{
+    const size_t limit = content->file < 0 ? spool->size : FILE_BUFFER;
+
+    if (content->error != 0)
+        return;
+    if (size > limit || content->memory.size > limit - size)
+        content->error = spill(content, bytes, size, spool->directory);
+    else if (reserve(&content->memory, size, CONTENT_FIRST))
+        put(&content->memory, bytes, size);
+    else
+        content->error = ENOMEM;
+}
+
+/* Before content_read: a content with a file lies in it completely. */
+void content_finish(struct content *content)
+{
+    if (content->error == 0 && content->file >= 0 && content->memory.size > 0)
+        content->error = spill(content, NULL, 0, NULL);
+}
+
+void content_clear(struct content *content)
+{
+    if (content->file >= 0)
+        close(content->file);
+    buffer_free(&content->memory);
+    content_init(content);
+}
+
+size_t content_size(const struct content *content)
+{
+    return content->in_file + content->memory.size;
+}
