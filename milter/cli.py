@@ -42,5 +42,6 @@ def _version(parsed: argparse.Namespace) -> int:
     running, compiled = (".".join(map(str, parts)) for parts in (libmilter.version, libmilter.compiled_version))
     print(f"milter {VERSION}")
     print(f"libmilter {running} running, {compiled} compiled against")
+    print(f"libmilter is linked {libmilter.link}")
     print(f"Python {'.'.join(map(str, sys.version_info[:3]))}")
     return 0

@@ -3,6 +3,9 @@
 
 What a server asks of it: serve a listening socket, stop serving it. The trick with the sockets is
 explained in :mod:`milter.standins`.
+
+Where its system calls are redirected (see shim/io.c), its log lines go to the logger ``milter.libmilter``;
+else they go to the system's log, facility mail.
 """
 
 import atexit
@@ -13,6 +16,7 @@ import threading
 
 from milter._shim import ffi, lib
 from milter.errors import MilterError
+from milter.log_pipe import LogPipe
 from milter.signals import wait_for_signal_thread
 from milter.standins import Placeholder, unreachable_listener
 
@@ -30,6 +34,7 @@ class Libmilter:
         self._asleep_at: list[socket.socket] = []
         self._behind: tuple[int, int] | None = None
         self.ended, self._end = -1, -1
+        self._log: LogPipe | None = None
 
     @property
     def version(self) -> tuple[int, int, int]:
@@ -43,6 +48,24 @@ class Libmilter:
         """The version of the header that this extension was compiled with."""
         number = lib.SMFI_VERSION
         return (number >> 24 & 0x7F, number >> 8 & 0x7FFF, number & 0x7F)
+
+    @property
+    def redirected(self) -> tuple[str, ...]:
+        """The system calls of libmilter that the linker has redirected to this library; none: it is linked as it is."""
+        if not lib.milter_io_wrapped():
+            return ()
+        return tuple(ffi.string(lib.milter_io_symbols()).decode("ascii").split())
+
+    @property
+    def link(self) -> str:
+        """How it is linked, for people."""
+        if self.redirected:
+            return f"static, I/O wrapped: {' '.join(self.redirected)}"
+        return "shared"
+
+    @property
+    def where_it_logs(self) -> str:
+        return "the logger milter.libmilter" if self.redirected else "the system's log (facility mail)"
 
     def serve(self, listener: socket.socket, name: str, timeout: int, debug: int, max_data_size: int) -> None:
         """Accept connections from `listener`.
@@ -72,6 +95,7 @@ class Libmilter:
 
     def pause(self, listener: socket.socket | None) -> None:
         """Accept no more connections. `listener` is the one until now, if it is this process's alone."""
+        self.drain_log()
         with self._lock:
             if not self._listens():
                 return
@@ -80,6 +104,7 @@ class Libmilter:
             self._asleep_at = [unreachable, *([listener.dup()] if listener is not None else [])]
 
     def _start(self, listener: socket.socket, name: str, timeout: int, debug: int, max_data_size: int) -> None:
+        self._take_log()
         lib.milter_register(name.encode("utf-8", "surrogateescape"))
         lib.smfi_settimeout(timeout)
         lib.smfi_setdbg(debug)
@@ -90,7 +115,8 @@ class Libmilter:
                 if lib.smfi_opensocket(False) == 0:
                     break
             else:
-                raise MilterError("libmilter could not open a socket; the system's log (facility mail) tells why")
+                self.drain_log()
+                raise MilterError(f"libmilter could not open a socket; {self.where_it_logs} tells why")
             self._descriptor = placeholder.find()
         self._put(listener)
         self.ended, self._end = os.pipe()
@@ -100,6 +126,21 @@ class Libmilter:
         wait_for_signal_thread()
         self._family = listener.family
         self._process = os.getpid()
+
+    def _take_log(self) -> None:
+        if self.redirected and self._log is None:
+            self._log = LogPipe()
+            lib.milter_io_log_to(self._log.writer)
+
+    def drain_log(self) -> None:
+        """Wait until Python's logging has all that libmilter has said until now."""
+        if self._log is not None:
+            self._log.drain()
+
+    def leave_log(self) -> None:
+        """At the end of the process, or in a child of it that has no thread to read the pipe."""
+        lib.milter_io_log_to(-1)
+        self._log = None
 
     def _put(self, listener: socket.socket) -> None:
         os.dup2(listener.fileno(), self._descriptor, inheritable=False)
@@ -128,14 +169,21 @@ class Libmilter:
                 replaced.close()
         self._asleep_at = []
 
-    def forget_replaced(self) -> None:
+    def _forget_replaced(self) -> None:
         """At the end of the process, which would complain of sockets that nobody has closed."""
         for replaced in self._asleep_at:
             replaced.close()
 
+    def at_exit(self) -> None:
+        """When no handler runs any more, and logging still works."""
+        self.drain_log()
+        self.leave_log()
+        self._forget_replaced()
+
 
 libmilter = Libmilter()
-atexit.register(libmilter.forget_replaced)
+atexit.register(libmilter.at_exit)
+os.register_at_fork(after_in_child=libmilter.leave_log)
 
 
 def _identity(descriptor: int) -> tuple[int, int] | None:

@@ -30,7 +30,7 @@ BUILDS = {
 
 def compiled(directory: Path, flags: list[str]) -> Path:
     program = directory / "stress"
-    sources = [HERE / "stress" / "stress.c", SHIM / "milter_shim.c", SHIM / "macro_guard.c"]
+    sources = [HERE / "stress" / "stress.c", SHIM / "milter_shim.c", SHIM / "macro_guard.c", SHIM / "io.c"]
     command = [
         *shlex.split(os.environ.get("CC", "cc")),
         *["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"],

@@ -96,6 +96,11 @@ int milter_quarantine(struct milter_session *session, uint64_t token, const char
 int milter_progress(struct milter_session *session, uint64_t token);
 char *milter_reserve_changes(struct milter_event *event, size_t size);
 
+/* libmilter's I/O: see io.h. */
+bool milter_io_wrapped(void);
+const char *milter_io_symbols(void);
+int milter_io_log_to(int fd);
+
 /* Python, as the shim sees it. */
 extern "Python+C" int milter_python_negotiate(struct milter_session *session, uint64_t token, uint64_t number,
                                               int app, unsigned long offered_actions, unsigned long offered_steps,

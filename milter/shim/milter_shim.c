@@ -54,6 +54,7 @@
  */
 #define _POSIX_C_SOURCE 200809L
 
+#include "io.h"
 #include "milter_shim.h"
 
 #include "content.h"
@@ -105,6 +106,7 @@ struct milter_session {
     /* Only for the thread that serves the session: */
     struct milter_run *run;
     uint64_t number;
+    int descriptor;  /* for io.c; -1 when libmilter's I/O is not wrapped */
     bool in_message; /* between MAIL and the message's end */
     bool known;      /* Python has heard of this session */
     bool seen;       /* Python has heard of this message */
@@ -180,6 +182,7 @@ static struct milter_session *new_session(SMFICTX *ctx, struct milter_run *run)
 
     session->run = run;
     session->number = atomic_fetch_add(&last_number, 1) + 1;
+    session->descriptor = milter_io_descriptor();
     session->in_message = session->known = session->seen = false;
     session->owed = session->tracked = session->held = false;
     session->client_unread = session->client_deferred = session->message_deferred = false;
@@ -203,6 +206,7 @@ static void release(struct milter_session *session)
 {
     struct milter_run *run = session->run;
 
+    milter_io_flush(session->descriptor); /* libmilter closes it under its own lock, where nothing may wait */
     pthread_mutex_lock(&session->lock);
     const struct closed_session closed = {session->ctx, run, session->actions, session->steps};
     session->ctx = NULL;
@@ -417,6 +421,7 @@ static uint64_t begin_call(struct milter_session *session, enum milter_stage sta
     if (!pass_gate(session->run))
         return 0;
     adopt_signal_mask();
+    milter_io_flush(session->descriptor); /* the MTA shall not wait for Python without need */
     session->known = true;
 
     const uint64_t token = atomic_fetch_add(&last_token, 1) + 1;
@@ -1216,7 +1221,9 @@ int milter_progress(struct milter_session *session, uint64_t token)
 
     if (result != MILTER_OK)
         return result;
-    const int sent = session->body != BODY_BEGUN ? smfi_progress(session->ctx) : MI_SUCCESS;
+    int sent = session->body != BODY_BEGUN ? smfi_progress(session->ctx) : MI_SUCCESS;
+    if (!milter_io_flush(session->descriptor))
+        sent = MI_FAILURE;
     pthread_mutex_unlock(&session->lock);
     return sent == MI_SUCCESS ? MILTER_OK : MILTER_FAILED;
 }

@@ -1,0 +1,702 @@
+/* SPDX-License-Identifier: GPL-3.0-or-later */
+/*
+ * libmilter's system calls on connections, served from memory where possible.
+ *
+ * libmilter reads a command with five system calls, and writes each answer at
+ * once. Where its static archive is linked, the linker redirects the archive's
+ * calls of accept, poll, read, writev, close and syslog to the functions
+ * __wrap_* at the end of this file. Each connection that libmilter accepts has
+ * an entry in a table by its descriptor, and while it is busy a block of memory,
+ * into which one recv takes all that has arrived. libmilter itself stays as it
+ * is, and must not be able to tell the difference, but by the clock. All other
+ * descriptors (its pipe, its listening socket, and those that the rest of this
+ * extension uses) go straight to the system.
+ *
+ * When what was written goes out
+ *
+ *   Before the session waits for input, before it enters Python and after a
+ *   progress packet (milter_io_flush), when the block is full, and at the end.
+ *   So a session that waits for its MTA holds nothing back, and no memory: its
+ *   block was given back.
+ *
+ * A peer that does not read
+ *
+ *   is waited for with the time-out that libmilter gave with its last poll, and
+ *   then the session fails, as in libmilter's own way of writing. All other
+ *   errors are kept in the entry, and shown at the next poll as POLLERR, at the
+ *   next write as they came: libmilter then ends the session.
+ *
+ * Who may touch an entry
+ *
+ *   A session is served by one thread at a time, and libmilter hands it over
+ *   under its own mutex. That thread alone touches the entry and its block, but
+ *   for two others:
+ *
+ *   1. Handlers act, and progress is sent, by any thread, under the session's
+ *      lock (milter_shim.c), while the serving thread is in Python. It took that
+ *      lock on the way there, and takes it on the way back.
+ *   2. libmilter's controller polls the descriptors of all sessions that wait.
+ *      It looks at nothing but the atomic fields of an entry, since its list may
+ *      be out of date. Entries are never freed, so there is always one to look at.
+ *
+ * Sessions that never pause (libmilter built with its pool of workers)
+ *
+ *   A worker stays with a session as long as the next command comes within a
+ *   millisecond. The controller may have promised another session to a worker
+ *   that is busy by now; with every worker at a session that never pauses, it
+ *   would wait for ever. Here it shows who was promised a worker, and was not
+ *   yet served: waiting_count. While it is not 0, a session that had its turn is
+ *   told that nothing has arrived; it goes back to the controller, where its poll
+ *   says at once that something has.
+ */
+#define _GNU_SOURCE
+
+#include "io.h"
+
+#if MILTER_IO_WRAPPED
+
+#include <errno.h>
+#include <limits.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <syslog.h>
+#include <unistd.h>
+
+enum {
+    INPUT = 16 * 1024, /* bytes that one recv may take */
+    OUTPUT = 8 * 1024, /* bytes of small packets that wait to be written together */
+    BLOCKS_KEPT = 32,  /* free blocks that are not given back to malloc */
+    CHUNK = 256,       /* entries that are allocated at once */
+    CHUNKS = 4096,     /* descriptors above CHUNK * CHUNKS are served without a block */
+    TURN = 64          /* commands after which a session gives way, if another one waits */
+};
+
+struct block {
+    struct block *next_free;
+    char input[INPUT];
+    char output[OUTPUT];
+};
+
+struct connection {
+    /* Any thread: */
+    atomic_bool open;     /* accepted by libmilter, and not closed */
+    atomic_bool waiting;  /* promised to a worker, which has not come yet: counted in waiting_count */
+    atomic_bool gave_way; /* input is here, but others come first: counted in given_way_count */
+    /* Whoever serves the session: */
+    bool tcp;
+    bool ended;   /* the peer has closed its side, all it sent was taken */
+    bool blocked; /* the last try to write wrote less than all */
+    int error;    /* errno of a read or write that failed for good */
+    int timeout;  /* milliseconds, of libmilter's last poll */
+    unsigned commands; /* in this turn */
+    struct block *block;
+    unsigned input_begin, input_end;
+    unsigned output_begin, output_end;
+};
+
+static _Atomic(struct connection *) table[CHUNKS];
+static atomic_uint waiting_count, given_way_count;
+
+static pthread_mutex_t blocks_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct block *free_blocks; /* under blocks_lock */
+static unsigned free_count;       /* the same */
+
+static _Thread_local int last_read = -1;
+static atomic_int log_descriptor = -1;
+
+int __real_accept(int fd, struct sockaddr *address, socklen_t *size);
+int __real_close(int fd);
+int __real_poll(struct pollfd *fds, nfds_t count, int timeout);
+ssize_t __real_read(int fd, void *buffer, size_t size);
+ssize_t __real_write(int fd, const void *buffer, size_t size);
+ssize_t __real_writev(int fd, const struct iovec *parts, int count);
+
+/* ---- Entries and blocks ------------------------------------------------------------------ */
+
+/* Any thread. The entry of a descriptor, NULL when it has none (yet). */
+static struct connection *entry(int fd)
+{
+    if (fd < 0 || fd >= CHUNK * CHUNKS)
+        return NULL;
+    struct connection *chunk = atomic_load_explicit(&table[fd / CHUNK], memory_order_acquire);
+    return chunk != NULL ? &chunk[fd % CHUNK] : NULL;
+}
+
+/* Any thread. The entry of a connection of libmilter, NULL for all other descriptors. */
+static struct connection *connection_of(int fd)
+{
+    struct connection *connection = entry(fd);
+    return connection != NULL && atomic_load(&connection->open) ? connection : NULL;
+}
+
+/* By libmilter's listener. The entry, made if need be; NULL: no memory, or too high a descriptor. */
+static struct connection *make_entry(int fd)
+{
+    struct connection *chunk, *none = NULL;
+
+    if (fd >= CHUNK * CHUNKS)
+        return NULL;
+    if (atomic_load(&table[fd / CHUNK]) == NULL) {
+        chunk = calloc(CHUNK, sizeof *chunk);
+        if (chunk == NULL)
+            return NULL;
+        if (!atomic_compare_exchange_strong(&table[fd / CHUNK], &none, chunk))
+            free(chunk);
+    }
+    return entry(fd);
+}
+
+/* By whoever serves the session. False: no memory; it goes on without a block. */
+static bool take_block(struct connection *connection)
+{
+    if (connection->block != NULL)
+        return true;
+    pthread_mutex_lock(&blocks_lock);
+    struct block *block = free_blocks;
+    if (block != NULL) {
+        free_blocks = block->next_free;
+        free_count--;
+    }
+    pthread_mutex_unlock(&blocks_lock);
+    if (block == NULL)
+        block = malloc(sizeof *block);
+    connection->block = block;
+    connection->input_begin = connection->input_end = 0;
+    connection->output_begin = connection->output_end = 0;
+    return block != NULL;
+}
+
+/* By whoever serves the session, when it is about to wait: with nothing to read and nothing to write. */
+static void give_block_back(struct connection *connection)
+{
+    struct block *block = connection->block;
+
+    if (block == NULL)
+        return;
+    connection->block = NULL;
+    connection->input_begin = connection->input_end = 0;
+    connection->output_begin = connection->output_end = 0;
+    pthread_mutex_lock(&blocks_lock);
+    if (free_count < BLOCKS_KEPT) {
+        block->next_free = free_blocks;
+        free_blocks = block;
+        free_count++;
+        block = NULL;
+    }
+    pthread_mutex_unlock(&blocks_lock);
+    free(block);
+}
+
+static void set_option(int fd, int option)
+{
+    const int on = 1;
+    (void)setsockopt(fd, IPPROTO_TCP, option, &on, sizeof on); /* without it: slower, not wrong */
+}
+
+/* By libmilter's listener. Nobody else knows the descriptor yet. */
+static void adopt(int fd, bool tcp)
+{
+    struct connection *connection = make_entry(fd);
+
+    if (tcp)
+        set_option(fd, TCP_NODELAY);
+    if (connection == NULL)
+        return;
+    connection->tcp = tcp;
+    connection->ended = connection->blocked = false;
+    connection->error = 0;
+    connection->timeout = -1;
+    connection->commands = 0;
+    atomic_store(&connection->gave_way, false);
+    atomic_store(&connection->waiting, true);
+    atomic_fetch_add(&waiting_count, 1);
+    atomic_store(&connection->open, true);
+}
+
+/* ---- Writing ----------------------------------------------------------------------------- */
+
+static size_t gathered(const struct connection *connection)
+{
+    return connection->output_end - connection->output_begin;
+}
+
+static bool fails_for_good(int error)
+{
+    return error != EAGAIN && error != EWOULDBLOCK && error != EINTR;
+}
+
+/*
+ * By whoever serves the session. Writes what was gathered, then the parts, as
+ * far as it goes without waiting. Returns how many bytes of the parts went; -1
+ * and errno EAGAIN, if what was gathered did not go entirely, or nothing did.
+ */
+static ssize_t send_now(struct connection *connection, int fd, const struct iovec *parts, int count)
+{
+    struct iovec all[8];
+    const size_t first = gathered(connection);
+    int n = 0;
+
+    if (first > 0)
+        all[n++] = (struct iovec){connection->block->output + connection->output_begin, first};
+    for (int i = 0; i < count && n < 8; i++)
+        all[n++] = parts[i];
+    const struct msghdr message = {.msg_iov = all, .msg_iovlen = (size_t)n};
+    const ssize_t sent = sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (sent < 0) {
+        if (fails_for_good(errno))
+            connection->error = errno;
+        else
+            connection->blocked = true;
+        return -1;
+    }
+    if ((size_t)sent < first || (sent == (ssize_t)first && count > 0)) {
+        connection->output_begin += (unsigned)sent;
+        connection->blocked = true;
+        errno = EAGAIN;
+        return -1;
+    }
+    connection->output_begin = connection->output_end = 0;
+    connection->blocked = false;
+    return sent - (ssize_t)first;
+}
+
+/* By whoever serves the session. Waits for a slow reader; false: the session is over, error says why. */
+static bool flush(struct connection *connection, int fd)
+{
+    while (connection->error == 0 && gathered(connection) > 0) {
+        struct pollfd writable = {fd, POLLOUT, 0};
+
+        if (send_now(connection, fd, NULL, 0) >= 0 || connection->error != 0)
+            break;
+        if (errno != EINTR && __real_poll(&writable, 1, connection->timeout) == 0)
+            connection->error = ETIMEDOUT;
+    }
+    return connection->error == 0;
+}
+
+/* libmilter is about to write a packet; small ones are gathered without asking the system. */
+static int await_output(struct connection *connection, struct pollfd *fds, int timeout)
+{
+    connection->timeout = timeout;
+    if (connection->blocked && connection->error == 0)
+        return __real_poll(fds, 1, timeout);
+    fds->revents = POLLOUT;
+    return 1;
+}
+
+static ssize_t write_parts(struct connection *connection, int fd, const struct iovec *parts, int count)
+{
+    size_t size = 0;
+
+    if (connection->error != 0) {
+        errno = connection->error;
+        return -1;
+    }
+    for (int i = 0; i < count; i++)
+        size += parts[i].iov_len;
+    if (!take_block(connection))
+        return __real_writev(fd, parts, count);
+    if (size > OUTPUT - connection->output_end)
+        return send_now(connection, fd, parts, count);
+    for (int i = 0; i < count; i++) {
+        memcpy(connection->block->output + connection->output_end, parts[i].iov_base, parts[i].iov_len);
+        connection->output_end += (unsigned)parts[i].iov_len;
+    }
+    return (ssize_t)size;
+}
+
+/* ---- Reading ----------------------------------------------------------------------------- */
+
+static size_t buffered(const struct connection *connection)
+{
+    return connection->input_end - connection->input_begin;
+}
+
+/* By whoever serves the session: what a recv said, when it brought nothing. */
+static void note_end(struct connection *connection, ssize_t received)
+{
+    if (received == 0)
+        connection->ended = true;
+    else if (fails_for_good(errno))
+        connection->error = errno;
+}
+
+/*
+ * By whoever serves the session, when nothing is buffered: one recv into `rest`
+ * of libmilter's memory first (which may be empty), and then into the block.
+ * Returns how many bytes of the rest were filled.
+ */
+static size_t receive(struct connection *connection, int fd, char *rest, size_t size)
+{
+    struct iovec parts[2] = {{rest, size}, {connection->block->input, INPUT}};
+    struct msghdr message = {.msg_iov = size > 0 ? parts : parts + 1, .msg_iovlen = size > 0 ? 2 : 1};
+    ssize_t received;
+
+    do
+        received = recvmsg(fd, &message, MSG_DONTWAIT);
+    while (received < 0 && errno == EINTR);
+    if (received <= 0) {
+        note_end(connection, received);
+        return 0;
+    }
+    if ((size_t)received <= size)
+        return (size_t)received;
+    connection->input_begin = 0;
+    connection->input_end = (unsigned)((size_t)received - size);
+    return size;
+}
+
+/* By libmilter, after a poll that said there is something. */
+static ssize_t read_some(struct connection *connection, int fd, char *buffer, size_t size)
+{
+    size_t here = buffered(connection);
+
+    if (connection->error != 0) {
+        errno = connection->error;
+        return -1;
+    }
+    if (connection->block == NULL)
+        return connection->ended ? 0 : __real_read(fd, buffer, size);
+    if (here > size)
+        here = size;
+    memcpy(buffer, connection->block->input + connection->input_begin, here);
+    connection->input_begin += (unsigned)here;
+    if (here < size && !connection->ended)
+        here += receive(connection, fd, buffer + here, size - here);
+    return (ssize_t)here;
+}
+
+/* ---- Waiting for input ------------------------------------------------------------------- */
+
+/* By the worker that comes for the session: it is nobody's turn to wait for this one any more. */
+static void begin_turn(struct connection *connection)
+{
+    if (atomic_exchange(&connection->waiting, false)) {
+        atomic_fetch_sub(&waiting_count, 1);
+        connection->commands = 0;
+    }
+    if (atomic_load(&connection->gave_way) && atomic_exchange(&connection->gave_way, false))
+        atomic_fetch_sub(&given_way_count, 1);
+}
+
+/* Is there anything that libmilter should look at? */
+static bool has_news(const struct connection *connection)
+{
+    return buffered(connection) > 0 || connection->ended || connection->error != 0;
+}
+
+static int say_ready(const struct connection *connection, struct pollfd *fds)
+{
+    fds->revents = connection->error != 0 ? POLLIN | POLLERR | POLLHUP : POLLIN;
+    return 1;
+}
+
+/* By a worker, between two commands. */
+static bool should_give_way(struct connection *connection)
+{
+    return ++connection->commands > TURN && atomic_load_explicit(&waiting_count, memory_order_relaxed) > 0;
+}
+
+/*
+ * By the thread that serves the session: libmilter wants to know if a command,
+ * or the rest of one, has come. Between two commands a worker of the pool asks
+ * without POLLPRI, with a short time-out, and leaves the session to the
+ * controller if nothing has.
+ */
+static int await_input(struct connection *connection, struct pollfd *fds, int timeout)
+{
+    const int fd = fds->fd;
+    const bool between = (fds->events & POLLPRI) == 0;
+    const bool wrote = gathered(connection) > 0;
+
+    fds->revents = 0;
+    begin_turn(connection);
+    if (!between)
+        connection->timeout = timeout;
+    if (between && should_give_way(connection)) {
+        flush(connection, fd);
+        if (has_news(connection)) {
+            atomic_store(&connection->gave_way, true);
+            atomic_fetch_add(&given_way_count, 1);
+        } else {
+            give_block_back(connection);
+        }
+        return 0;
+    }
+    if (has_news(connection))
+        return say_ready(connection, fds);
+
+    flush(connection, fd);
+    if (!wrote && connection->error == 0 && take_block(connection))
+        receive(connection, fd, NULL, 0);
+    for (;;) {
+        if (has_news(connection))
+            return say_ready(connection, fds);
+        give_block_back(connection);
+        if (connection->tcp)
+            set_option(fd, TCP_QUICKACK);
+        struct pollfd readable = {fd, POLLIN, 0};
+        const int result = __real_poll(&readable, 1, timeout);
+        if (result <= 0)
+            return result;
+        if (!take_block(connection)) {
+            fds->revents = readable.revents;
+            return result;
+        }
+        receive(connection, fd, NULL, 0);
+    }
+}
+
+/* By libmilter's controller: its pipe, and all sessions that wait. */
+static int await_many(struct pollfd *fds, nfds_t count, int timeout)
+{
+    bool here = false;
+
+    for (nfds_t i = 0; i < count && !here && atomic_load(&given_way_count) > 0; i++) {
+        const struct connection *connection = connection_of(fds[i].fd);
+        here = connection != NULL && atomic_load(&connection->gave_way);
+    }
+    int ready = __real_poll(fds, count, here ? 0 : timeout);
+    if (ready < 0 || (ready == 0 && !here))
+        return ready;
+    for (nfds_t i = 0; i < count; i++) {
+        if (fds[i].revents == 0 && !here)
+            continue;
+        struct connection *connection = connection_of(fds[i].fd);
+        if (connection == NULL)
+            continue;
+        if (fds[i].revents == 0 && atomic_load(&connection->gave_way)) {
+            fds[i].revents = POLLIN;
+            ready++;
+        }
+        if (fds[i].revents != 0 && !atomic_exchange(&connection->waiting, true))
+            atomic_fetch_add(&waiting_count, 1);
+    }
+    return ready;
+}
+
+/* ---- For the shim and for Python: see io.h ------------------------------------------------ */
+
+int milter_io_descriptor(void)
+{
+    return last_read;
+}
+
+bool milter_io_flush(int fd)
+{
+    struct connection *connection = connection_of(fd);
+    return connection == NULL || flush(connection, fd);
+}
+
+int milter_io_log_to(int fd)
+{
+    return atomic_exchange(&log_descriptor, fd);
+}
+
+/* ---- libmilter's log --------------------------------------------------------------------- */
+
+/* By any thread of libmilter, whose errno stays as it was. */
+static void log_line(int priority, const char *format, va_list arguments)
+{
+    const int saved = errno, fd = atomic_load(&log_descriptor);
+    char line[PIPE_BUF];
+    va_list again;
+
+    va_copy(again, arguments);
+    const int prefix = snprintf(line, sizeof line, "<%d>", priority);
+    int size = vsnprintf(line + prefix, sizeof line - (size_t)prefix, format, arguments);
+    if (size < 0)
+        size = 0;
+    size += prefix;
+    if (size > (int)sizeof line - 1)
+        size = (int)sizeof line - 1;
+    for (int i = 0; i < size; i++)
+        if (line[i] == '\n')
+            line[i] = ' ';
+    line[size++] = '\n';
+    if (fd < 0 || __real_write(fd, line, (size_t)size) != size) {
+        errno = saved;
+        vsyslog(priority, format, again);
+    }
+    va_end(again);
+    errno = saved;
+}
+
+/* ---- What the linker puts in the place of libmilter's calls ------------------------------ */
+
+#define WRAP __attribute__((used, visibility("hidden")))
+
+WRAP int __wrap_accept(int fd, struct sockaddr *address, socklen_t *size)
+{
+    const int accepted = __real_accept(fd, address, size);
+
+    if (accepted >= 0) {
+        const bool named = address != NULL && *size >= sizeof address->sa_family;
+        adopt(accepted, named && (address->sa_family == AF_INET || address->sa_family == AF_INET6));
+    }
+    return accepted;
+}
+
+/* The entry is left before the descriptor is, which may be another connection's at once. */
+WRAP int __wrap_close(int fd)
+{
+    struct connection *connection = connection_of(fd);
+
+    if (connection != NULL) {
+        if (connection->error == 0 && gathered(connection) > 0)
+            (void)send_now(connection, fd, NULL, 0); /* without waiting: libmilter holds its lock here */
+        begin_turn(connection);
+        give_block_back(connection);
+        atomic_store(&connection->open, false);
+    }
+    return __real_close(fd);
+}
+
+WRAP int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout)
+{
+    struct connection *connection;
+
+    if (count != 1)
+        return await_many(fds, count, timeout);
+    connection = connection_of(fds->fd);
+    if (connection == NULL)
+        return __real_poll(fds, count, timeout);
+    if ((fds->events & POLLOUT) != 0)
+        return await_output(connection, fds, timeout);
+    return await_input(connection, fds, timeout);
+}
+
+WRAP int __wrap___poll_chk(struct pollfd *fds, nfds_t count, int timeout, size_t size)
+{
+    if (size / sizeof *fds < count)
+        abort();
+    return __wrap_poll(fds, count, timeout);
+}
+
+WRAP ssize_t __wrap_read(int fd, void *buffer, size_t size)
+{
+    struct connection *connection = connection_of(fd);
+
+    if (connection == NULL)
+        return __real_read(fd, buffer, size);
+    last_read = fd;
+    return read_some(connection, fd, buffer, size);
+}
+
+WRAP ssize_t __wrap___read_chk(int fd, void *buffer, size_t size, size_t room)
+{
+    if (size > room)
+        abort();
+    return __wrap_read(fd, buffer, size);
+}
+
+WRAP ssize_t __wrap_writev(int fd, const struct iovec *parts, int count)
+{
+    struct connection *connection = connection_of(fd);
+
+    if (connection == NULL)
+        return __real_writev(fd, parts, count);
+    return write_parts(connection, fd, parts, count);
+}
+
+WRAP ssize_t __wrap_write(int fd, const void *buffer, size_t size)
+{
+    struct connection *connection = connection_of(fd);
+
+    if (connection == NULL)
+        return __real_write(fd, buffer, size);
+    const struct iovec part = {(void *)(uintptr_t)buffer, size};
+    return write_parts(connection, fd, &part, 1);
+}
+
+WRAP void __wrap_syslog(int priority, const char *format, ...)
+{
+    va_list arguments;
+
+    va_start(arguments, format);
+    log_line(priority, format, arguments);
+    va_end(arguments);
+}
+
+WRAP void __wrap___syslog_chk(int priority, int flag, const char *format, ...)
+{
+    va_list arguments;
+
+    (void)flag;
+    va_start(arguments, format);
+    log_line(priority, format, arguments);
+    va_end(arguments);
+}
+
+/* ---- Did the linker do it? ---------------------------------------------------------------- */
+
+/*
+ * MILTER_IO_SYMBOLS comes from the build: X(read) X(poll) and so on, the names
+ * that libmilter's archive refers to. The linker treats a reference from here
+ * like one from there, so it shows where those end.
+ */
+#define X(symbol)                                                                                                      \
+    void reference_##symbol(void) __asm__(#symbol);                                                                    \
+    void wrapper_##symbol(void) __asm__("__wrap_" #symbol);
+MILTER_IO_SYMBOLS
+#undef X
+
+/* Any thread. Volatile, or the compiler would say that two names are two functions. */
+bool milter_io_wrapped(void)
+{
+#define X(symbol) {reference_##symbol, wrapper_##symbol},
+    static void (*const volatile pairs[][2])(void) = {MILTER_IO_SYMBOLS};
+#undef X
+    for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++)
+        if (pairs[i][0] != pairs[i][1])
+            return false;
+    return true;
+}
+
+const char *milter_io_symbols(void)
+{
+#define X(symbol) #symbol " "
+    return MILTER_IO_SYMBOLS;
+#undef X
+}
+
+#else /* libmilter is linked as it is */
+
+int milter_io_descriptor(void)
+{
+    return -1;
+}
+
+bool milter_io_flush(int fd)
+{
+    (void)fd;
+    return true;
+}
+
+int milter_io_log_to(int fd)
+{
+    (void)fd;
+    return -1;
+}
+
+bool milter_io_wrapped(void)
+{
+    return false;
+}
+
+const char *milter_io_symbols(void)
+{
+    return "";
+}
+
+#endif

@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: GPL-3.0-or-later */
+/*
+ * What io.c offers: to the shim, which knows sessions, and to Python, which
+ * reads libmilter's log lines. The same functions are there when libmilter is
+ * linked as it is (MILTER_IO_WRAPPED is 0), and do nothing then.
+ */
+#ifndef MILTER_IO_H
+#define MILTER_IO_H
+
+#include <stdbool.h>
+
+/*
+ * The descriptor that the calling thread has read last, by a thread of
+ * libmilter: within a callback, that of the callback's connection. -1 when
+ * libmilter's I/O is not wrapped.
+ */
+int milter_io_descriptor(void);
+
+/*
+ * Write what was gathered for this connection, and wait for a peer that reads
+ * slowly, as libmilter would have. By the thread that serves it, or by another
+ * one under the session's lock while that thread is in Python. False: it could
+ * not be written, and the session will end. True for any other descriptor, -1
+ * among them.
+ */
+bool milter_io_flush(int fd);
+
+/*
+ * libmilter's log lines go to this descriptor, a non-blocking pipe, each with
+ * its priority: "<3>text\n", PIPE_BUF bytes at most. -1, and whatever the pipe
+ * does not take: to the system's log. Any thread. Returns the descriptor until
+ * now, which must stay open: a line may be on its way to it.
+ */
+int milter_io_log_to(int fd);
+
+/* Has the linker redirected libmilter's calls to io.c, all that the build names? */
+bool milter_io_wrapped(void);
+
+/* Their names, each with a space after it. */
+const char *milter_io_symbols(void);
+
+#endif
