@@ -21,7 +21,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from milter._shim import ffi, lib
@@ -248,8 +248,8 @@ def _crashed(kind: type[BaseException], failure: BaseException, traceback: Any) 
 @ffi.def_extern(error=0, onerror=_crashed)
 def milter_python_enter(event: Any) -> int:
     engine = _engines[event.app]
-    if event.ended:
-        engine.forget(_ended_connections(event.run))
+    if event.ended_count:
+        engine.forget(event.ended[0 : event.ended_count])
     stage = _STAGES[event.stage]
     call = SessionCall(event.session, event.token, stage, engine.plan, event.actions, event.steps)
     text = ffi.unpack(event.log, event.log_size).decode("utf-8", "surrogateescape")
@@ -265,12 +265,6 @@ def milter_python_enter(event: Any) -> int:
     if call.changes:
         _leave_changes(event, call.changes)
     return _encoded(answer, call)
-
-
-def _ended_connections(run: Any) -> Iterator[int]:
-    numbers = ffi.new("uint64_t[16]")
-    while count := lib.milter_take_ended(run, numbers, len(numbers)):
-        yield from numbers[0:count]
 
 
 def _leave_changes(event: Any, changes: Sequence[Change]) -> None:
@@ -352,7 +346,9 @@ class Run:
     def close_gate(self) -> None:
         """No event enters Python any more: each is answered as a temporary failure."""
         lib.milter_end(self._run)
-        self.engine.forget(_ended_connections(self._run))
+        numbers = ffi.new("uint64_t[64]")
+        while count := lib.milter_take_ended(self._run, numbers, len(numbers)):
+            self.engine.forget(numbers[0:count])
 
     def wait_handlers(self, milliseconds: int) -> int:
         """Wait until no handler runs, or the time is over; how many still do."""

@@ -45,13 +45,13 @@ struct milter_plan {
 struct milter_run;
 struct milter_session;
 struct milter_event {
-    struct milter_run *run;
     struct milter_session *session;
     uint64_t token;
     uint64_t number;
     int app;
     int stage;
-    int ended;
+    int ended_count;
+    uint64_t ended[16];
     int content_error;
     unsigned long actions;
     unsigned long steps;

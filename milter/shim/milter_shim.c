@@ -465,13 +465,11 @@ static int enter_python(struct milter_session *session, enum milter_stage stage,
 
     if (token != 0) {
         struct milter_event event = {
-            .run = session->run,
             .session = session,
             .token = token,
             .number = session->number,
             .app = session->run->plan.app,
             .stage = (int)stage,
-            .ended = atomic_load(&session->run->unheard),
             .actions = session->actions,
             .steps = session->steps,
             .log = session->log.bytes,
@@ -484,6 +482,8 @@ static int enter_python(struct milter_session *session, enum milter_stage stage,
         };
         if (stage == MILTER_EOM)
             show_content(session, &event);
+        if (atomic_load(&session->run->unheard) > 0)
+            event.ended_count = milter_take_ended(session->run, event.ended, MILTER_ENDED);
         session->seen = session->in_message;
         answer = milter_python_enter(&event);
         end_call(session);

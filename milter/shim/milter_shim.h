@@ -50,6 +50,9 @@ enum milter_mode {
 #define MILTER_TRACKS   0x400 /* Python keeps state of this message: tell it how it ends */
 #define MILTER_HOLDS    0x800 /* Python keeps state of this session: tell it when it ends */
 
+/* How many ended connections Python is told of in one call. */
+#define MILTER_ENDED 16
+
 /* Bytes of one smfi_replacebody, which takes an int. */
 #define MILTER_BODY_PART ((size_t)1 << 30)
 
@@ -86,13 +89,13 @@ struct milter_session;
 
 /* One entry into Python: what the shim tells, and where Python leaves its changes. Valid until the call returns. */
 struct milter_event {
-    struct milter_run *run;
     struct milter_session *session;
     uint64_t token;
     uint64_t number;        /* of the session */
     int app;
     int stage;              /* of the event at the end of the log */
-    int ended;              /* there are sessions for milter_take_ended */
+    int ended_count;        /* connections that are gone, whose objects Python can drop: */
+    uint64_t ended[MILTER_ENDED];
     int content_error;      /* errno: the message could not be gathered */
     unsigned long actions;  /* granted */
     unsigned long steps;    /* agreed */
