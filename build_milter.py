@@ -24,7 +24,7 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SHIM = Path("milter", "shim")
-SOURCES = ("milter_shim.c", "content.c", "changes.c", "macro_guard.c", "io.c")
+SOURCES = ("milter_shim.c", "content.c", "changes.c", "macro_guard.c", "io.c", "threads.c")
 
 MISSING_PKG_CONFIG = """\
 milter: pkg-config is missing, so libmilter cannot be found.
@@ -50,7 +50,7 @@ It needs a libmilter.a of position-independent code (Debian, Ubuntu: libmilter-d
 SHARED_INSTEAD = "milter: linking the shared libmilter, whose system calls stay as they are: {reason}"
 
 # What io.c puts in the place of libmilter's calls. The fortified ones are referred to only in some builds.
-WRAPPERS = ("accept", "close", "poll", "read", "syslog", "write", "writev")
+WRAPPERS = ("accept", "close", "poll", "pthread_create", "pthread_detach", "read", "syslog", "write", "writev")
 FORTIFIED_WRAPPERS = ("__poll_chk", "__read_chk", "__syslog_chk")
 # Without these it is not the libmilter that io.c was written for; one name of each line must be there.
 NEEDED = (("accept",), ("close",), ("poll", "__poll_chk"), ("read", "__read_chk"), ("writev",))
