@@ -17,6 +17,13 @@ cleanup() {
     if [ -n "${KEEP:-}" ]; then echo "Temporary files: $temporary"; else rm -rf "$temporary"; fi
 }
 
+# Both ways to link libmilter are tested. What they share (the C code under stress, the documentation's
+# examples, the tools) is tested once.
+build() {
+    step "Building with warnings as errors, libmilter linked $1"
+    (export MILTER_STRICT=1 MILTER_LINK="$1" && pip_install --editable '.[test]')
+}
+
 # Run one check, the others too if it fails.
 check() {
     step "$1"
@@ -37,8 +44,7 @@ install_packages miltertest libsasl2-modules
 install_postfix
 use_venv .venv-test
 
-step "Building with warnings as errors, and installing the test tools"
-(export MILTER_STRICT=1 && pip_install --editable '.[test]')
+build shared
 PATH=$PWD/$VENV/bin:$PATH
 export PATH
 
@@ -47,12 +53,14 @@ temporary=$(mktemp -d "${TMPDIR:-/tmp}/milter.XXXXXX")
 export PYTEST_DEBUG_TEMPROOT="$temporary"
 
 failed=
+check "Tests with the shared libmilter: pytest" python -m pytest --ignore tests/test_stress.py "$@"
+build static
 check "Python: ruff check" python -m ruff check
 check "Python: ruff format --check" python -m ruff format --check
 check "Python: mypy" python -m mypy
 check "C: ${CC:-cc} -Wall -Wextra -Werror" compile_strictly milter/shim/*.c
 check "Examples in the documentation: doctest" check_documentation
-check "Tests: pytest" python -m pytest "$@"
+check "Tests with libmilter's I/O wrapped: pytest" python -m pytest "$@"
 
 step "Summing up"
 if [ -n "$failed" ]; then
