@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from milter.errors import ContextError
+
 __all__ = ["Content", "MemoryContent"]
 
 
@@ -41,6 +43,22 @@ class Content(Protocol):
         A duplicate: the caller closes it. The file must stay as it is as long as anybody has it open.
         """
         ...
+
+
+class Editable:
+    """What a handler may change until it returns. An edit that nobody sends must not look like one."""
+
+    __slots__ = ("_frozen",)
+
+    def __init__(self) -> None:
+        self._frozen = False
+
+    def _require_open(self) -> None:
+        if self._frozen:
+            raise ContextError(
+                "this message can no longer be changed: its handler has returned, and its edits were made use of. "
+                "Edit it before the handler returns"
+            )
 
 
 class MemoryContent:

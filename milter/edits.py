@@ -105,8 +105,9 @@ def changes(message: Message, numbering: Numbering) -> list[Change]:
     To be called before the content is gone.
     """
     result = [*_envelope(message)]
-    if message._headers is not None and (message._headers._changed or message._headers._new):
-        result += _HeaderChanges(message, message._headers, numbering).result()
+    headers = message._headers
+    if headers is not None and (headers._changed or headers._new):
+        result += _HeaderChanges(message, headers, numbering).result()
     if message._new_body is not None:
         result.append(Change("b", (message._new_body,)))
     return result
@@ -159,20 +160,19 @@ class _HeaderChanges:
         self._numbering = numbering
         self._headers = headers
         self._names = headers._received_names()
-        self._values = headers._values
         self._changed = headers._changed
         self._new = headers._new
-        # The names that Sendmail's list has from somewhere, so that an added field would not come to the end.
+        # The names that Sendmail has in its list: of fields received, deleted ones included, and of new ones.
         self._present: set[bytes] | None = None
 
     def result(self) -> list[Change]:
-        received = zip(self._names, self._values, strict=True)
-        if self._new and self._changed and list(self._headers._fields()) == list(received):
-            return []
-        self._make_sendable()
-        if self._new and None in self._changed.values():
-            self._match_deleted_with_new()
-        return list(self._from_the_bottom_up())
+        if self._changed:
+            if self._new and self._headers.raw == tuple(self._headers._fields()):
+                return []
+            self._make_sendable()
+            if self._new and None in self._changed.values():
+                self._match_deleted_with_new()
+        return self._from_the_bottom_up()
 
     def _make_sendable(self) -> None:
         """An empty value would delete: such a field is deleted, and a new one inserted in its place."""
@@ -190,14 +190,14 @@ class _HeaderChanges:
         Concerns each run of deleted fields with the new ones among them, from the field above the run (which
         stays) to the one below it.
         """
-        changed, new = dict(self._changed), dict(self._new)
+        changed, new, values = dict(self._changed), dict(self._new), self._headers._received_values()
         for start, end in _runs(position for position, value in self._changed.items() if value is None):
             made = [field for gap in range(start, end + 1) for field in new.pop(gap, ())]
             gap = start
             for position, field in self._alignment(range(start, end), made):
                 if position is not None and field is not None:
                     changed[position] = field.value
-                    if field.value == self._values[position]:
+                    if field.value == values[position]:
                         del changed[position]
                     gap = position + 1
                 elif field is not None:
@@ -233,19 +233,20 @@ class _HeaderChanges:
         """How many actions make the new field of the old one. 2 is deleting and inserting."""
         if self._names[position] != field.name:
             return 2
-        if self._values[position] == field.value:
+        if self._headers._received_values()[position] == field.value:
             return 0
         return 1 if self._prefix + field.value else 2
 
-    def _from_the_bottom_up(self) -> Iterator[Change]:
+    def _from_the_bottom_up(self) -> list[Change]:
         end = len(self._names)
-        for field in self._new.get(end, ()):
-            yield self._add(field)
-        for position in sorted({*self._changed, *self._new} - {end}, reverse=True):
+        result = [self._add(field) for field in self._new.get(end, ())]
+        for position in sorted({*self._changed, *self._new}, reverse=True):
+            if position == end:
+                continue
             if position in self._changed:
-                yield self._change(position, self._changed[position])
-            for field in reversed(self._new.get(position, ())):
-                yield self._insert(field, position)
+                result.append(self._change(position, self._changed[position]))
+            result += [self._insert(field, position) for field in reversed(self._new.get(position, ()))]
+        return result
 
     def _change(self, position: int, value: bytes | None) -> Change:
         name = self._names[position]
@@ -266,7 +267,7 @@ class _HeaderChanges:
         return Change("i", (b"%d" % index, field.name, self._prefix + field.value))
 
     def _is_first(self, field: NewField) -> bool:
-        """Whether no field of this name was received or added; remembers that one is now."""
+        """Whether no field of this name was received or added so far; remembers that one is now."""
         if self._present is None:
             self._present = {_RECEIVED, *map(bytes.lower, self._names)}
         if field.key in self._present:

@@ -6,10 +6,11 @@ fields in the gaps between them. So a message that nobody edits costs nothing, o
 ``milter.edits`` finds what is to be sent without comparing anything.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, overload
 
 from milter import checks
+from milter.content import Content, Editable
 from milter.errors import ContextError
 
 __all__ = ["Headers", "NewField"]
@@ -32,7 +33,7 @@ class NewField:
 Place = int | NewField
 
 
-class Headers:
+class Headers(Editable):
     """The header fields of a message, in order: a mapping in which a name may come several times.
 
     Names are matched without regard to case. ``headers[name]`` is the first of that name,
@@ -70,34 +71,29 @@ class Headers:
 
     __slots__ = (
         "_changed",
-        "_keys",
+        "_content",
+        "_looked_up",
         "_names",
         "_new",
         "_new_named",
         "_places",
         "_prefix",
         "_raw",
-        "_read_area",
-        "_require_open",
         "_values",
+        "_wire_values",
     )
 
-    def __init__(self, read_area: Callable[[], bytes], prefix: bytes, require_open: Callable[[], None]) -> None:
-        """By a Message.
-
-        Arguments:
-            read_area: gives the header area (see :class:`milter.content.Content`).
-            prefix: what is taken off each value.
-            require_open: raises when it is too late for edits.
-        """
-        self._read_area = read_area
+    def __init__(self, content: Content, prefix: bytes, *, frozen: bool) -> None:
+        """By a Message. `prefix`: what is taken off each value."""
+        self._frozen = frozen
+        self._content = content
         self._prefix = prefix
-        self._require_open = require_open
         # The fields as received, in parallel lists; never changed. Values without the prefix.
         self._names: list[bytes] | None = None
-        self._values: list[bytes] = []
-        # Made when needed: their names in lower case; their positions by name; names and values in pairs.
-        self._keys: set[bytes] | None = None
+        self._values: list[bytes] | None = None
+        self._wire_values: list[bytes] = []
+        self._looked_up = False
+        # Made when needed: their positions by name in lower case; names and values in pairs.
         self._places: dict[bytes, list[int]] | None = None
         self._raw: tuple[tuple[bytes, bytes], ...] | None = None
         # The edits: new values by position (None: deleted), and new fields by gap and by name, each in order.
@@ -116,7 +112,7 @@ class Headers:
         ((b'Subject', b'caf\\xc3\\xa9'),)
         """
         if self._raw is None:
-            self._raw = tuple(zip(self._received_names(), self._values, strict=True))
+            self._raw = tuple(zip(self._received_names(), self._received_values(), strict=True))
         return self._raw
 
     def __getitem__(self, name: str) -> str:
@@ -250,10 +246,17 @@ class Headers:
 
     def _received_names(self) -> list[bytes]:
         if self._names is None:
-            texts, prefix = self._read_area().split(b"\0"), self._prefix
-            self._values = [value.removeprefix(prefix) for value in texts[1::2]] if prefix else texts[1::2]
+            texts = self._content.read(0, self._content.header_size).split(b"\0")
+            self._wire_values = texts[1::2]
             self._names = texts[0:-1:2]
         return self._names
+
+    def _received_values(self) -> list[bytes]:
+        if self._values is None:
+            self._received_names()
+            prefix = self._prefix
+            self._values = [value.removeprefix(prefix) for value in self._wire_values] if prefix else self._wire_values
+        return self._values
 
     def _positions(self) -> dict[bytes, list[int]]:
         """Where the received fields of each name are, in one pass for all look-ups."""
@@ -265,33 +268,33 @@ class Headers:
 
     def _find(self, key: bytes) -> Sequence[Place]:
         """The fields of this name that are there now, in order."""
-        if self._keys is None:
-            self._keys = set(map(bytes.lower, self._received_names()))
         new: Sequence[Place] = self._new_named.get(key, ())
-        if key not in self._keys:
-            return list(new)
-        received = [place for place in self._positions()[key] if self._changed.get(place, b"") is not None]
+        if self._places is None and not self._looked_up:
+            self._looked_up = True
+            if key not in map(bytes.lower, self._received_names()):
+                return [*new]
+        received = [place for place in self._positions().get(key, ()) if self._changed.get(place, b"") is not None]
         return sorted([*new, *received], key=_order) if new else received
 
     def _value(self, place: Place) -> bytes:
         if isinstance(place, NewField):
             return place.value
         value = self._changed.get(place)
-        return self._values[place] if value is None else value
+        return self._received_values()[place] if value is None else value
 
     def _fields(self) -> Iterable[tuple[bytes, bytes]]:
         """The fields that are there now, in order."""
         names = self._received_names()
         if not self._changed and not self._new:
-            return zip(names, self._values, strict=True)
-        return list(self._edited_fields(names))
+            return zip(names, self._received_values(), strict=True)
+        return list(self._edited_fields(names, self._received_values()))
 
-    def _edited_fields(self, names: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    def _edited_fields(self, names: list[bytes], values: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
         for position in range(len(names) + 1):
             for field in self._new.get(position, ()):
                 yield field.name, field.value
             if position < len(names):
-                value = self._changed.get(position, self._values[position])
+                value = self._changed.get(position, values[position])
                 if value is not None:
                     yield names[position], value
 
@@ -323,7 +326,7 @@ class Headers:
         if isinstance(place, NewField):
             place.value = checks.header_value(value)
             return
-        received = self._values[place]
+        received = self._received_values()[place]
         if isinstance(value, str) and value.encode("utf-8", "surrogateescape") == received:
             encoded = received  # no check: it came from the MTA
         else:

@@ -14,14 +14,13 @@ have returned.
 """
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from email.message import EmailMessage
 from typing import overload
 
 from milter import checks
-from milter.content import Content, MemoryContent, memory_file, spooled_file
+from milter.content import Content, Editable, MemoryContent, memory_file, spooled_file
 from milter.envelope import Address, without_brackets
-from milter.errors import ContextError
 from milter.headers import Headers
 from milter.parsed import parse
 
@@ -32,7 +31,7 @@ __all__ = ["Content", "Headers", "MemoryContent", "Message", "Recipients", "free
 _COMPARED_AT_ONCE = 1 << 20
 
 
-class Message:
+class Message(Editable):
     """A message at its end, with its envelope.
 
     Everything can be read. ``sender``, ``recipients``, ``headers`` and ``body`` can be edited, too; reading
@@ -59,7 +58,6 @@ class Message:
         "_email",
         "_envelope_recipients",
         "_envelope_sender",
-        "_frozen",
         "_head",
         "_headers",
         "_new_body",
@@ -92,7 +90,7 @@ class Message:
         self._wire_space = wire_space
         # What is taken off a value before it is shown, and put before it when it is sent.
         self._prefix = b" " if wire_space and not leading_space else b""
-        self._frozen = False
+        self._frozen = False  # (Editable's; a call would cost more than all the rest)
         self._head: bytes | None = None
         self._headers: Headers | None = None
         self._body: bytes | None = None
@@ -123,7 +121,7 @@ class Message:
     def recipients(self) -> "Recipients":
         """The envelope recipients that were accepted, see :class:`Recipients`."""
         if self._recipients is None:
-            self._recipients = Recipients(self._envelope_recipients, self._require_open)
+            self._recipients = Recipients(self._envelope_recipients, frozen=self._frozen)
         return self._recipients
 
     # ---- the content
@@ -132,7 +130,7 @@ class Message:
     def headers(self) -> "Headers":
         """The header fields, see :class:`Headers`."""
         if self._headers is None:
-            self._headers = Headers(self._header_area, self._prefix, self._require_open)
+            self._headers = Headers(self._content, self._prefix, frozen=self._frozen)
         return self._headers
 
     @property
@@ -193,20 +191,10 @@ class Message:
 
     # ---- what was received
 
-    def _require_open(self) -> None:
-        if self._frozen:
-            raise ContextError(
-                "this message can no longer be changed: its handler has returned, and its edits were made use of. "
-                "Edit it before the handler returns"
-            )
-
-    def _header_area(self) -> bytes:
-        return self._content.read(0, self._content.header_size)
-
     def _received_head(self) -> bytes:
         """The header fields and the empty line, as they stood in the message."""
         if self._head is None:
-            area = self._header_area()
+            area = self._content.read(0, self._content.header_size)
             if b"\n" in area:
                 area = area.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
             texts = area.split(b"\0")
@@ -240,14 +228,16 @@ class Message:
 
 
 def freeze(message: Message) -> None:
-    """By the engine, when the handlers have returned: an edit that nobody sends must not look like one."""
-    message._frozen = True
+    """By the engine, when the handlers have returned and :func:`milter.edits.changes` has been asked."""
+    for part in (message, message._headers, message._recipients):
+        if part is not None:
+            part._frozen = True
 
 
 # ---- The recipients ----------------------------------------------------------------------------
 
 
-class Recipients(Sequence[Address]):
+class Recipients(Editable, Sequence[Address]):
     """The envelope recipients of a message: a sequence of :class:`Address <milter.Address>`, to read and to edit.
 
     Addresses are compared exactly, with or without angle brackets, upper and lower case apart: so do both
@@ -260,12 +250,12 @@ class Recipients(Sequence[Address]):
     Recipients(['bob@mta.example', 'archive@mta.example'])
     """
 
-    __slots__ = ("_added", "_known", "_received", "_removed", "_require_open")
+    __slots__ = ("_added", "_known", "_received", "_removed")
 
-    def __init__(self, received: Sequence[Address], require_open: Callable[[], None]) -> None:
-        """By a Message. `require_open` raises when it is too late for edits."""
+    def __init__(self, received: Sequence[Address], *, frozen: bool) -> None:
+        """By a Message. No part of a message refers to it: a cycle would keep it in memory for a while."""
+        self._frozen = frozen
         self._received = received
-        self._require_open = require_open
         self._known: frozenset[str] | None = None
         self._removed: set[str] = set()
         self._added: dict[str, Address] = {}
