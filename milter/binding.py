@@ -279,6 +279,8 @@ def _leave_changes(event: Any, changes: Sequence[Change]) -> None:
 def _packed(change: Change) -> bytes:
     if change.letter == "b":
         return b"b\0%d\0%b" % (len(change.arguments[0]), change.arguments[0])
+    if any(b"\0" in argument for argument in change.arguments):
+        raise ValueError(f"{change!r} has a NUL, where it would begin another change")
     return b"%b\0%b\0" % (change.letter.encode("ascii"), b"\0".join(change.arguments))
 
 

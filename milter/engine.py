@@ -334,6 +334,7 @@ class Engine:
             edits = changes(message, _numbering(call))
             if edits:
                 _require_granted(edits, call)
+                _require_one_body(edits, connection)
                 call.leave_changes(edits)
         except BaseException as failure:
             editor = next(handler for handler in reversed(handlers) if handler.form is WHOLE_MESSAGE)
@@ -480,6 +481,15 @@ def _require_granted(edits: Sequence[Change], call: Call) -> None:
         raise ActionError(
             f"the edits of the message were not sent: they need {missing!r}, which the MTA did not grant "
             "(or Milter(actions=…) did not ask for it)"
+        )
+
+
+def _require_one_body(edits: Sequence[Change], connection: _Connection) -> None:
+    transaction = connection.transaction
+    if transaction is not None and transaction.body_replaced and any(change.letter == "b" for change in edits):
+        raise ActionError(
+            "the body was replaced through the context, and then edited in the message: the MTA would append one to "
+            "the other. Use message.body alone"
         )
 
 

@@ -27,6 +27,8 @@ _REPLYING_STAGES = tuple(Stage(number) for number in range(Stage.UNKNOWN.value +
 _NO_REPLY = {stage: ProtocolOptions[f"NOREPLY_{stage.name}"] for stage in _REPLYING_STAGES}
 
 # The library remembers the envelope and the client, so it wants to hear of them without handlers too.
+# The macros of a recipient are gone with the next one, those of HELO with the HELO after STARTTLS.
+_MACROS_GO_SOON = frozenset((Stage.HELO, Stage.RCPT))
 _CONTENT = frozenset((Stage.HEADER, Stage.EOH, Stage.BODY))
 _REMEMBERED = (Stage.CONNECT, Stage.HELO, Stage.MAIL, Stage.RCPT)
 
@@ -73,7 +75,7 @@ def make_plan(app: Milter[Any, Any]) -> Plan:
         handled=handled,
         remembered=frozenset(_REMEMBERED) - handled,
         silent=silent,
-        deferred=(handled & silent) - {Stage.RCPT},  # the macros of a recipient are gone with the next one
+        deferred=(handled & silent) - _MACROS_GO_SOON,
         gathers=gathers,
         spool_size=app.spool_size,
         spool_directory=os.fspath(app.spool_directory or tempfile.gettempdir()),

@@ -66,6 +66,7 @@ struct milter_event {
     char *changes;
     size_t changes_capacity;
     size_t changes_size;
+    char *reserved;
 };
 
 int milter_register(const char *name);

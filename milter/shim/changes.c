@@ -87,9 +87,10 @@ static int send_body(SMFICTX *ctx, struct reader *reader)
 /*
  * By the thread that serves the session, at the end of a message, after the call
  * into Python: no context of it can act any more, so no lock is needed. False:
- * libmilter refused one (the connection is gone, or the action was not granted).
+ * libmilter refused one (the connection is gone, or the action was not granted),
+ * or there is a second body, which the MTA would append to the first.
  */
-bool milter_send_changes(SMFICTX *ctx, char *changes, size_t size)
+bool milter_send_changes(SMFICTX *ctx, char *changes, size_t size, bool body_untouched)
 {
     struct reader reader = {changes, changes + size};
     int sent = MI_SUCCESS;
@@ -109,7 +110,8 @@ bool milter_send_changes(SMFICTX *ctx, char *changes, size_t size)
             sent = send_address(ctx, *letter, &reader);
             break;
         case 'b':
-            sent = send_body(ctx, &reader);
+            sent = body_untouched ? send_body(ctx, &reader) : MI_FAILURE;
+            body_untouched = false;
             break;
         default:
             sent = MI_FAILURE;

@@ -80,11 +80,13 @@ static int temporary_file(const char *directory)
         errno = ENAMETOOLONG;
         return -1;
     }
-    const int file = mkstemp(path);
-    if (file < 0)
+    const int file = mkostemp(path, O_CLOEXEC);
+    if (file >= 0 && unlink(path) != 0) { /* mail must not stay on the disk under a name */
+        const int error = errno;
+        close(file);
+        errno = error;
         return -1;
-    unlink(path);
-    fcntl(file, F_SETFD, FD_CLOEXEC);
+    }
     return file;
 }
 
@@ -94,8 +96,8 @@ static int write_all(int file, const char *bytes, size_t size)
         const ssize_t written = write(file, bytes, size);
         if (written < 0 && errno == EINTR)
             continue;
-        if (written < 0)
-            return errno;
+        if (written <= 0)
+            return written < 0 ? errno : ENOSPC;
         bytes += written;
         size -= (size_t)written;
     }
@@ -135,7 +137,7 @@ void content_append(struct content *content, const void *bytes, size_t size, con
         content->error = ENOMEM;
 }
 
-/* Before content_read: a content with a file lies in it completely. */
+/* Before it is read: a content with a file lies in it completely. */
 void content_finish(struct content *content)
 {
     if (content->error == 0 && content->file >= 0 && content->memory.size > 0)

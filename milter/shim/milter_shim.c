@@ -8,7 +8,7 @@
  *   1. A thread of libmilter calls one of the thirteen functions that
  *      milter_register registered, say on_header.
  *   2. The function appends a record to the session's log, and content that
- *      on_message wants to the gathered message (gather.c). Nobody else touches
+ *      on_message wants to the gathered message (content.c). Nobody else touches
  *      either: libmilter serves a session on one thread at a time.
  *   3. conclude() looks at the plan. Does no handler want this stage, or do its
  *      handlers only observe, the event waits in the log for a later call, and
@@ -75,6 +75,7 @@
 enum {
     LOG_KEPT = 4096,       /* a larger log is given back once Python has read it */
     LOG_FULL = 64 * 1024,  /* a log of this size is delivered, wanted or not; the chunks of the body count */
+    UNHEARD_MOST = 256,    /* ended connections of which Python has objects; with more, it is called to drop them */
     CHANGES_FIRST = 1024,  /* bytes of changes for which no memory must be asked */
     CLOSED_SESSIONS = 256, /* how many closed sessions are remembered, see resume() */
     REPLY_LINES = 32,      /* libmilter's limit of lines in a reply */
@@ -116,6 +117,7 @@ struct milter_session {
     bool client_unread;    /* the log holds CONNECT or HELO, which Python has not read */
     bool client_deferred;  /* the log holds events outside a message that observers wait for */
     bool message_deferred; /* the same within the message */
+    bool lost; /* a part of the log is missing: Python must not judge by the rest */
     enum failure failure;
     sfsistat decision; /* of the last message that was decided */
     struct buffer log;
@@ -186,6 +188,7 @@ static struct milter_session *new_session(SMFICTX *ctx, struct milter_run *run)
     session->in_message = session->known = session->seen = false;
     session->owed = session->tracked = session->held = false;
     session->client_unread = session->client_deferred = session->message_deferred = false;
+    session->lost = false;
     session->failure = SOUND;
     session->decision = SMFIS_TEMPFAIL;
     session->log = session->chunks = (struct buffer){NULL, 0, 0};
@@ -296,8 +299,10 @@ static void fail(struct milter_session *session)
 /* By the thread that serves the session. */
 static void log_bytes(struct milter_session *session, const char *bytes, size_t size)
 {
-    if (!buffer_append(&session->log, bytes, size))
+    if (!buffer_append(&session->log, bytes, size)) {
+        session->lost = true;
         fail(session);
+    }
 }
 
 static void log_text(struct milter_session *session, const char *text)
@@ -375,8 +380,10 @@ static void forget_message(struct milter_session *session)
 static void end_message(struct milter_session *session)
 {
     session->in_message = session->seen = session->tracked = false;
-    if (session->failure == MESSAGE_FAILED)
+    if (session->failure == MESSAGE_FAILED) {
         session->failure = SOUND;
+        session->lost = false;
+    }
     content_clear(&session->content);
     session->header_size = 0;
 }
@@ -453,50 +460,75 @@ static void show_content(struct milter_session *session, struct milter_event *ev
 }
 
 /*
- * By the thread that serves the session, without a lock. `chunk` is what the last
- * record of the log speaks of, if that is a piece of the body and none waits.
- * Returns Python's answer, 0 for a failure.
+ * The call itself, with the token of begin_call. `chunk` is what the last record
+ * of the log speaks of, if that is a piece of the body and none waits. `changes`
+ * has CHANGES_FIRST bytes; event.changes may point to others afterwards.
+ */
+static struct milter_event event_of(struct milter_session *session, uint64_t token, enum milter_stage stage,
+                                    const void *chunk, size_t size)
+{
+    struct milter_event event = {
+        .session = session,
+        .token = token,
+        .number = session->number,
+        .app = session->run->plan.app,
+        .stage = (int)stage,
+        .actions = session->actions,
+        .steps = session->steps,
+        .log = session->log.bytes,
+        .log_size = session->log.size,
+        .chunks = chunk != NULL ? chunk : session->chunks.bytes,
+        .chunks_size = chunk != NULL ? size : session->chunks.size,
+        .content_file = -1,
+    };
+
+    if (stage == MILTER_EOM)
+        show_content(session, &event);
+    if (atomic_load(&session->run->unheard) > 0)
+        event.ended_count = milter_take_ended(session->run, event.ended, MILTER_ENDED);
+    return event;
+}
+
+/* What Python left to be sent, after its call. Frees what was reserved. True: all was sent. */
+static bool send_changes(struct milter_session *session, struct milter_event *event, int answer)
+{
+    bool sent = true;
+
+    if ((answer & MILTER_ANSWERED) != 0 && event->changes_size > 0)
+        sent = milter_send_changes(session->ctx, event->changes, event->changes_size,
+                                   session->body == BODY_UNTOUCHED);
+    free(event->reserved);
+    return sent;
+}
+
+/*
+ * By the thread that serves the session, without a lock. Returns Python's answer,
+ * 0 for a failure. What Python has answered counts for the session also when its
+ * changes could not be sent: then the message fails, and no more.
  */
 static int enter_python(struct milter_session *session, enum milter_stage stage, const void *chunk, size_t size)
 {
-    const uint64_t token = begin_call(session, stage);
+    const uint64_t token = session->lost ? 0 : begin_call(session, stage);
     char changes[CHANGES_FIRST];
+    bool sent = true;
     int answer = 0;
 
     if (token != 0) {
-        struct milter_event event = {
-            .session = session,
-            .token = token,
-            .number = session->number,
-            .app = session->run->plan.app,
-            .stage = (int)stage,
-            .actions = session->actions,
-            .steps = session->steps,
-            .log = session->log.bytes,
-            .log_size = session->log.size,
-            .chunks = chunk != NULL ? chunk : session->chunks.bytes,
-            .chunks_size = chunk != NULL ? size : session->chunks.size,
-            .content_file = -1,
-            .changes = changes,
-            .changes_capacity = sizeof changes,
-        };
-        if (stage == MILTER_EOM)
-            show_content(session, &event);
-        if (atomic_load(&session->run->unheard) > 0)
-            event.ended_count = milter_take_ended(session->run, event.ended, MILTER_ENDED);
+        struct milter_event event = event_of(session, token, stage, chunk, size);
+        event.changes = changes;
+        event.changes_capacity = sizeof changes;
         session->seen = session->in_message;
         answer = milter_python_enter(&event);
         end_call(session);
-        if ((answer & MILTER_ANSWERED) != 0 && event.changes_size > 0 &&
-            !milter_send_changes(session->ctx, event.changes, event.changes_size))
-            answer = 0;
-        if (event.changes != changes)
-            free(event.changes);
+        sent = send_changes(session, &event, answer);
     }
+    const bool client_lost = session->client_unread || session->client_deferred; /* and it does not come again */
+    const bool answered = (answer & MILTER_ANSWERED) != 0;
     empty_log(session);
-    if ((answer & MILTER_ANSWERED) == 0) {
+    if (!answered || !sent)
         fail(session);
-        if (session->client_unread) /* lost now, and it does not come again */
+    if (!answered) {
+        if (client_lost)
             session->failure = CONNECTION_FAILED;
         return 0;
     }
@@ -504,7 +536,7 @@ static int enter_python(struct milter_session *session, enum milter_stage stage,
     session->owed = (answer & MILTER_OWED) != 0;
     session->tracked = (answer & MILTER_TRACKS) != 0;
     session->held = (answer & MILTER_HOLDS) != 0;
-    return answer;
+    return sent ? answer : 0;
 }
 
 /* What libmilter does not know, or does not send, is a failure: an unknown code leaves the MTA waiting. */
@@ -545,8 +577,10 @@ static bool ends_message(enum milter_stage stage, sfsistat verdict)
 /* Keeps a piece of the body for the observers, until Python is entered. */
 static void defer_chunk(struct milter_session *session, const void *chunk, size_t size)
 {
-    if (!buffer_append(&session->chunks, chunk, size))
+    if (!buffer_append(&session->chunks, chunk, size)) {
+        session->lost = true;
         fail(session);
+    }
 }
 
 /* Does the event at the end of the log lead into Python, or can it wait there? */
@@ -612,7 +646,8 @@ static void abort_message(struct milter_session *session)
         return;
     if (session->run->plan.mode[MILTER_ABORT] == MILTER_ENTER || session->tracked || session->message_deferred) {
         log_text(session, "A");
-        enter_python(session, MILTER_ABORT, NULL, 0);
+        if (enter_python(session, MILTER_ABORT, NULL, 0) == 0)
+            forget_message(session);
     } else {
         forget_message(session);
     }
@@ -852,10 +887,14 @@ static sfsistat on_close(SMFICTX *ctx)
         return SMFIS_CONTINUE;
     smfi_setpriv(ctx, NULL);
     abort_message(session);
-    if (session->held || session->client_deferred || session->run->plan.mode[MILTER_CLOSE] == MILTER_ENTER) {
+    if (session->held || session->client_deferred || session->run->plan.mode[MILTER_CLOSE] == MILTER_ENTER ||
+        (session->known && atomic_load(&session->run->unheard) >= UNHEARD_MOST)) {
+        if (session->lost) { /* the end can be told all the same */
+            empty_log(session);
+            session->lost = false;
+        }
         log_text(session, "Q");
-        enter_python(session, MILTER_CLOSE, NULL, 0);
-        session->known = false;
+        session->known = enter_python(session, MILTER_CLOSE, NULL, 0) == 0; /* objects are left, if it failed */
     }
     release(session);
     return SMFIS_CONTINUE;
@@ -934,6 +973,7 @@ struct milter_run *milter_begin(const struct milter_plan *plan)
     if (run == NULL)
         return NULL;
     run->plan = *plan;
+    run->plan.spool_directory = NULL; /* the caller's */
     if (plan->gathers) {
         run->spool = (struct spool){plan->spool_size, strdup(plan->spool_directory)};
         if (run->spool.directory == NULL)
@@ -1228,14 +1268,14 @@ int milter_progress(struct milter_session *session, uint64_t token)
     return sent == MI_SUCCESS ? MILTER_OK : MILTER_FAILED;
 }
 
-/* Within milter_python_enter: room for so many bytes of changes. NULL: out of memory. */
+/* Once within milter_python_enter: room for so many bytes of changes, which C frees. NULL: out of memory. */
 char *milter_reserve_changes(struct milter_event *event, size_t size)
 {
-    char *changes = malloc(size);
-
-    if (changes != NULL) {
-        event->changes = changes;
+    free(event->reserved);
+    event->reserved = malloc(size);
+    if (event->reserved != NULL) {
+        event->changes = event->reserved;
         event->changes_capacity = size;
     }
-    return changes;
+    return event->reserved;
 }
