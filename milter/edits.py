@@ -219,7 +219,8 @@ class _HeaderChanges:
                 costs[row][column] = min(paired, 1 + costs[row + 1][column], 1 + costs[row][column + 1])
         row = column = 0
         while row < rows and column < columns:
-            if costs[row][column] == costs[row + 1][column + 1] + self._cost(deleted[row], made[column]):
+            cost = self._cost(deleted[row], made[column])
+            if cost < 2 and costs[row][column] == cost + costs[row + 1][column + 1]:
                 yield deleted[row], made[column]
                 row, column = row + 1, column + 1
             elif costs[row][column] == 1 + costs[row + 1][column]:

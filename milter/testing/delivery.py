@@ -439,6 +439,8 @@ class Sendmail(MTA):
     - Numbers for changing count the fields of that name as they were, deleted ones included. Beyond
       the last, or for a new field, the place is above the first of that name, else the end.
     - A changed field keeps the spelling of its name.
+    - Some fields are never delivered, and those of a resent message (RFC 5322, section 3.6.6) only if the
+      client sent one of them.
     """
 
     name = "Sendmail"
@@ -446,7 +448,8 @@ class Sendmail(MTA):
 
     _ABOVE = ("Return-Path",)
     _BELOW = ("Resent-Date", "Date", "Resent-From", "From", "Full-Name", "Resent-Message-Id", "Message-Id")
-    _NEVER_PRINTED = ("return-path", "bcc")
+    _NEVER_PRINTED = ("return-path", "bcc", "resent-bcc", "full-name", "content-length")
+    _RESENT = ("sender", "from", "reply-to", "to", "cc", "bcc", "message-id", "date")
 
     def change_headers(self, headers: Sequence[Header], events: Sequence[Event]) -> tuple[Header, ...]:
         """Apply the changes to Sendmail's list, and print what can be printed."""
@@ -464,7 +467,14 @@ class Sendmail(MTA):
                     self._insert(slots, index, name, value)
                 case ReplaceHeader(index, name, value) if name:
                     self._replace(slots, index, name, value)
-        return tuple(s.header for s in slots if s.header and s.name.lower() not in self._NEVER_PRINTED)
+        unprinted = self._unprinted(headers)
+        return tuple(slot.header for slot in slots if slot.header and slot.name.lower() not in unprinted)
+
+    def _unprinted(self, headers: Sequence[Header]) -> set[str]:
+        """The names, in lower case, of fields that are not delivered, whoever made them."""
+        resent = {f"resent-{name}" for name in self._RESENT}
+        was_resent = any(header.name.lower() in resent for header in headers)
+        return {*self._NEVER_PRINTED, *(() if was_resent else resent)}
 
     def _is_default(self, slot: _Slot) -> bool:
         return not slot.from_user and slot.header is not self._trace
