@@ -26,7 +26,7 @@ from typing import Any
 
 from milter._shim import ffi, lib
 from milter.edits import Change
-from milter.engine import Answer, Engine, Negotiation
+from milter.engine import GO_ON, Answer, Engine, Negotiation
 from milter.errors import ActionError, ContextError
 from milter.plan import Plan
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage
@@ -34,6 +34,7 @@ from milter.verdict import Reply
 
 log = logging.getLogger("milter")
 
+_ANSWERED = int(lib.MILTER_ANSWERED)
 _LEADING_SPACE = int(ProtocolOptions.LEADING_SPACE)
 
 
@@ -61,7 +62,6 @@ class SessionCall:
     """A session of the shim, for the time of one call; see :class:`milter.context.Call`."""
 
     __slots__ = (
-        "_actions",
         "_plan",
         "_read",
         "_session",
@@ -71,6 +71,7 @@ class SessionCall:
         "changes",
         "chunks",
         "content",
+        "granted_actions",
         "stage",
     )
 
@@ -81,7 +82,7 @@ class SessionCall:
         self._session = session
         self._token = token
         self._plan = plan
-        self._actions = actions
+        self.granted_actions = actions
         self._steps = steps
         self.stage = stage
         self.changes: Sequence[Change] = ()
@@ -120,7 +121,7 @@ class SessionCall:
 
     def granted(self) -> tuple[Actions, ProtocolOptions]:
         hidden = 0 if self._plan.shows_leading_space else _LEADING_SPACE
-        return Actions(self._actions), ProtocolOptions(self._steps & ~hidden)
+        return Actions(self.granted_actions), ProtocolOptions(self._steps & ~hidden)
 
     def request_macros(self, entry: MacroList, names: Sequence[str]) -> None:
         text = " ".join(names).encode("ascii")
@@ -305,17 +306,18 @@ def milter_python_negotiate(
             call.request_macros(entry, names)
     actions[0] = int(negotiation.actions) | (actions[0] & Actions.REQUEST_MACROS)
     steps[0] = negotiation.reduced(steps[0])
-    answered: int = lib.MILTER_ANSWERED
-    return answered
+    return _ANSWERED
 
 
 def _encoded(answer: Answer, call: SessionCall) -> int:
     decision = answer.decision
+    if answer is GO_ON:
+        return _ANSWERED
     if isinstance(decision, Reply):
         if not call.set_reply(decision):
             log.error("libmilter refused the reply %r; the MTA sends its default text", decision)
         decision = decision.status
-    number: int = lib.MILTER_ANSWERED | decision.value
+    number: int = _ANSWERED | decision.value
     if answer.owes:
         number |= lib.MILTER_OWED
     if answer.tracks:

@@ -50,6 +50,10 @@ class Call(Protocol):
         """At the end of a message, if the plan gathers."""
 
     @property
+    def granted_actions(self) -> int:
+        """The bits of the actions in :meth:`granted`."""
+
+    @property
     def leading_space(self) -> bool:
         """Header values come and go with the space after the colon, whatever handlers see."""
 

@@ -81,25 +81,37 @@ class Negotiation:
 class _Connection(Conversation):
     """A conversation, and what the engine remembers of it besides."""
 
-    __slots__ = ("connect_failure", "helo_failure", "message_failure", "skipped")
+    __slots__ = ("_connect_failure", "_helo_failure", "failure", "skipped")
 
     def __init__(self, number: int, app: Milter[Any, Any]) -> None:
         super().__init__(number, app.new_session, app.new_transaction)
-        self.connect_failure: Decision | None = None
-        self.helo_failure: Decision | None = None
-        self.message_failure: Decision | None = None
+        self._connect_failure: Decision | None = None
+        self._helo_failure: Decision | None = None
+        self.failure: Decision | None = None
+        """What the MTA is still to be told, since a handler raised in a stage that does not reply."""
         self.skipped: set[Handler] = set()
 
-    @property
-    def failure(self) -> Decision | None:
-        """What the MTA is still to be told, since a handler raised in a stage that does not reply."""
-        return self.connect_failure or self.helo_failure or self.message_failure
+    def owe(self, decision: Decision, stage: Stage) -> None:
+        """A handler raised where no reply is possible: the next stage that replies tells the MTA."""
+        if stage is Stage.CONNECT:
+            self._connect_failure = decision
+        elif stage is Stage.HELO:
+            self._helo_failure = decision
+        elif self.transaction is None:
+            return
+        self.failure = self._connect_failure or self._helo_failure or self.failure or decision
 
     def end_message(self) -> None:
         self.transaction = None
-        self.message_failure = None
+        self.failure = self._connect_failure or self._helo_failure
         if self.skipped:
             self.skipped.clear()
+
+    def begin_session(self, helo: str) -> None:
+        """HELO, the first one or another: what was before it is over."""
+        self._helo_failure = None
+        self.end_message()
+        self.helo = helo
 
 
 class _Step(NamedTuple):
@@ -197,15 +209,14 @@ class Engine:
     # ---- The records of a log: what each means for the conversation, and for its handlers
 
     def _connect(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
-        connection.hostname = next(fields)
-        connection.address = _client_address(next(fields), next(fields), next(fields))
-        return self._event(step, (connection.hostname, connection.address), connection, call)
+        hostname = connection.hostname = next(fields)
+        address = connection.address = _client_address(next(fields), next(fields), next(fields))
+        return self._event(step, (hostname, address), connection, call)
 
     def _helo(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
-        connection.end_message()
-        connection.helo = next(fields)
-        connection.helo_failure = None
-        return self._event(step, (connection.helo,), connection, call)
+        name = next(fields)
+        connection.begin_session(name)
+        return self._event(step, (name,), connection, call)
 
     def _mail(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
         sender = _address(fields)
@@ -270,20 +281,11 @@ class Engine:
         if decision is Status.CONTINUE:
             return decision
         if step.silent:
-            self._owe(decision, step.stage, connection)
+            connection.owe(decision, step.stage)
             return Status.CONTINUE
         if step.stage in _DECIDING and _decides(step.stage, _status(decision)):
             connection.end_message()
         return decision
-
-    def _owe(self, decision: Decision, stage: Stage, connection: _Connection) -> None:
-        """A handler raised where no reply is possible: the next stage that replies tells the MTA."""
-        if stage is Stage.CONNECT:
-            connection.connect_failure = decision
-        elif stage is Stage.HELO:
-            connection.helo_failure = decision
-        elif connection.transaction is not None:
-            connection.message_failure = connection.message_failure or decision
 
     # ---- Handlers
 
@@ -431,8 +433,14 @@ _WITHOUT_REPLY = (Stage.NEGOTIATE, Stage.ABORT, Stage.CLOSE)
 _DECIDING = (Stage.MAIL, Stage.RCPT, Stage.DATA, Stage.HEADER, Stage.EOH, Stage.BODY)
 
 
+GO_ON = Answer(Status.CONTINUE, owes=False, tracks=False, holds=False)
+"""What most answers are."""
+
+
 def _answer(decision: Decision, connection: _Connection) -> Answer:
     transaction = connection.transaction
+    if decision is Status.CONTINUE and transaction is None and connection.failure is None and connection.state is None:
+        return GO_ON
     return Answer(
         decision,
         owes=connection.failure is not None,
@@ -476,10 +484,10 @@ def _whole(transaction: Transaction | None, call: Call) -> Message:
 
 
 def _require_granted(edits: Sequence[Change], call: Call) -> None:
-    missing = needed(edits) & ~call.granted()[0]
+    missing = int(needed(edits)) & ~call.granted_actions
     if missing:
         raise ActionError(
-            f"the edits of the message were not sent: they need {missing!r}, which the MTA did not grant "
+            f"the edits of the message were not sent: they need {Actions(missing)!r}, which the MTA did not grant "
             "(or Milter(actions=…) did not ask for it)"
         )
 
