@@ -8,6 +8,7 @@ value would begin another header. Each function returns the bytes to send, or ra
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from milter.envelope import Address, without_brackets
 from milter.protocol import MACRO_LISTS, MacroList, Stage
@@ -20,6 +21,11 @@ _MAX_INDEX = 0x7FFFFFFF
 
 def header_name(name: str) -> bytes:
     _require_text(name, "the name of a header field")
+    return _header_name(name)
+
+
+@lru_cache(maxsize=256)  # a filter uses the same few for all messages
+def _header_name(name: str) -> bytes:
     if not _HEADER_NAME.fullmatch(name):
         raise ValueError(
             f"{name!r} cannot be the name of a header field: it takes printable ASCII characters "
@@ -30,6 +36,8 @@ def header_name(name: str) -> bytes:
 
 def header_value(value: str) -> bytes:
     _require_text(value, "the value of a header field")
+    if value.isprintable():  # as most are: no control character, no line end
+        return value.encode("utf-8")
     _refuse_nul(value, "the value of a header field")
     # The MTAs end lines themselves; a CR of ours would come out beside theirs.
     unified = value.replace("\r\n", "\n")

@@ -21,7 +21,7 @@ Two things make header fields hard, both observed with Postfix 3.7 and Sendmail 
   9, not 2. Below its own Received, at 1, the two agree.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import NamedTuple
 
@@ -99,12 +99,14 @@ class Numbering(Enum):
         return cls.POSTFIX if version is not None and version.startswith("Postfix") else cls.SENDMAIL
 
 
-def changes(message: Message, numbering: Numbering) -> list[Change]:
+def changes(message: Message, numbering: Callable[[], Numbering]) -> list[Change]:
     """The actions that make what was received into what the handler wants; none if it is that already.
 
-    To be called before the content is gone.
+    To be called before the content is gone. `numbering` is asked only if it matters.
     """
-    result = [*_envelope(message)]
+    result: list[Change] = []
+    if message._new_sender is not None or message._recipients is not None:
+        result += _envelope(message)
     headers = message._headers
     if headers is not None and (headers._changed or headers._new):
         result += _HeaderChanges(message, headers, numbering).result()
@@ -155,15 +157,16 @@ _ALIGNED_AT_MOST = 4096
 class _HeaderChanges:
     """The actions for the header fields of one message."""
 
-    def __init__(self, message: Message, headers: Headers, numbering: Numbering) -> None:
+    def __init__(self, message: Message, headers: Headers, numbering: Callable[[], Numbering]) -> None:
         self._prefix = message._prefix
-        self._numbering = numbering
+        self._ask_numbering = numbering
+        self._asked: Numbering | None = None
         self._headers = headers
         self._names = headers._received_names()
         self._changed = headers._changed
         self._new = headers._new
-        # The names that Sendmail has in its list: of fields received, deleted ones included, and of new ones.
-        self._present: set[bytes] | None = None
+        # The names of new fields that were added so far.
+        self._added: set[bytes] = set()
 
     def result(self) -> list[Change]:
         if self._changed:
@@ -241,6 +244,8 @@ class _HeaderChanges:
     def _from_the_bottom_up(self) -> list[Change]:
         end = len(self._names)
         result = [self._add(field) for field in self._new.get(end, ())]
+        if not self._changed and len(self._new) == bool(result):
+            return result
         for position in sorted({*self._changed, *self._new}, reverse=True):
             if position == end:
                 continue
@@ -256,25 +261,32 @@ class _HeaderChanges:
 
     def _add(self, field: NewField) -> Change:
         """At the end. Sendmail adds a field whose name it knows above the first of that name."""
-        if self._numbering is Numbering.POSTFIX or self._is_first(field):
+        if self._is_first(field) or self._numbering is Numbering.POSTFIX:
             return Change("h", (field.name, self._prefix + field.value))
         return Change("i", (b"%d" % _END, field.name, self._prefix + field.value))
 
     def _insert(self, field: NewField, gap: int) -> Change:
         """Below so many received fields, above what was inserted there before."""
-        if self._numbering is Numbering.SENDMAIL and field.key in _SENDMAILS_OWN and self._is_first(field):
+        if field.key in _SENDMAILS_OWN and self._numbering is Numbering.SENDMAIL and self._is_first(field):
             return Change("h", (field.name, self._prefix + field.value))
         index = gap + _SENDMAILS_HIDDEN if gap and self._numbering is Numbering.SENDMAIL else gap + 1
         return Change("i", (b"%d" % index, field.name, self._prefix + field.value))
 
     def _is_first(self, field: NewField) -> bool:
-        """Whether no field of this name was received or added so far; remembers that one is now."""
-        if self._present is None:
-            self._present = {_RECEIVED, *map(bytes.lower, self._names)}
-        if field.key in self._present:
+        """Whether Sendmail has no field of this name in its list: received, deleted ones included, or new.
+
+        Remembers that it has one now.
+        """
+        if field.key in self._added or field.key == _RECEIVED or self._headers._was_received(field.key):
             return False
-        self._present.add(field.key)
+        self._added.add(field.key)
         return True
+
+    @property
+    def _numbering(self) -> Numbering:
+        if self._asked is None:
+            self._asked = self._ask_numbering()
+        return self._asked
 
 
 def _runs(positions: Iterable[int]) -> Iterator[tuple[int, int]]:

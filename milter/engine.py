@@ -333,7 +333,7 @@ class Engine:
         call: Call,
     ) -> Decision:
         try:
-            edits = changes(message, _numbering(call))
+            edits = changes(message, lambda: _numbering(call))
             if edits:
                 _require_granted(edits, call)
                 _require_one_body(edits, connection)

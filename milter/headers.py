@@ -70,9 +70,9 @@ class Headers(Editable):
     """
 
     __slots__ = (
+        "_absent",
         "_changed",
         "_content",
-        "_looked_up",
         "_names",
         "_new",
         "_new_named",
@@ -92,8 +92,9 @@ class Headers(Editable):
         self._names: list[bytes] | None = None
         self._values: list[bytes] | None = None
         self._wire_values: list[bytes] = []
-        self._looked_up = False
-        # Made when needed: their positions by name in lower case; names and values in pairs.
+        # Made when needed: a name that was looked for and is none of theirs; their positions by name in
+        # lower case; names and values in pairs.
+        self._absent: bytes | None = None
         self._places: dict[bytes, list[int]] | None = None
         self._raw: tuple[tuple[bytes, bytes], ...] | None = None
         # The edits: new values by position (None: deleted), and new fields by gap and by name, each in order.
@@ -266,13 +267,21 @@ class Headers(Editable):
                 self._places.setdefault(name.lower(), []).append(position)
         return self._places
 
+    def _was_received(self, key: bytes) -> bool:
+        """Whether there was a field of this name. The first look-up of all makes no table."""
+        if self._places is not None:
+            return key in self._places
+        if self._absent is None:
+            if key in map(bytes.lower, self._received_names()):
+                return True
+            self._absent = key
+        return self._absent != key and key in self._positions()
+
     def _find(self, key: bytes) -> Sequence[Place]:
         """The fields of this name that are there now, in order."""
         new: Sequence[Place] = self._new_named.get(key, ())
-        if self._places is None and not self._looked_up:
-            self._looked_up = True
-            if key not in map(bytes.lower, self._received_names()):
-                return [*new]
+        if not self._was_received(key):
+            return [*new]
         received = [place for place in self._positions().get(key, ()) if self._changed.get(place, b"") is not None]
         return sorted([*new, *received], key=_order) if new else received
 
