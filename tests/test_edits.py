@@ -238,7 +238,7 @@ def test_the_header_fields_arrive_as_edited(headers: list[Header], edits: list[A
     assert message.headers.items() == [(field.name, field.value) for field in fields]
     assert message.headers.raw == tuple((encoded(h.name), encoded(wire.shown(h))) for h in headers)
     for mta in mtas(wire):
-        sending = changes(message, lambda: NUMBERING[type(mta)])
+        sending = changes(message, NUMBERING[type(mta)])
         result = delivered(mta, sent, ENVELOPE, sending).without_trace()
         EXPECTED[type(mta)](headers, wire, fields, result.headers)
         assert result.body == sent.body
@@ -316,7 +316,7 @@ def test_the_envelope_arrives_as_edited(given_recipients: list[Mailbox], edits: 
     wanted = sorted(map(str, expected))
     assert sorted(" ".join((f"<{r}>", *r.params.raw)) for r in message.recipients) == wanted
     for mta in mtas(WIRES[0]):
-        sending = changes(message, lambda: NUMBERING[type(mta)])
+        sending = changes(message, NUMBERING[type(mta)])
         result = delivered(mta, sent, envelope, sending).envelope
         assert sorted(map(str, result.recipients)) == wanted
         assert (result.sender.address, result.sender.params) == (message.sender, message.sender.params.raw)
@@ -336,7 +336,7 @@ def test_the_body_arrives_as_edited(body: list[bytes], new: list[bytes]) -> None
     message.body = iter(new)
     assert message.body == b"".join(new)
     for mta in mtas(WIRES[0]):
-        sending = changes(message, lambda: NUMBERING[type(mta)])
+        sending = changes(message, NUMBERING[type(mta)])
         assert bool(sending) is (message.body != sent.body)
         assert delivered(mta, sent, ENVELOPE, sending).message.body == delivery.normal_body(message.body)
     message.body = sent.body
@@ -468,7 +468,7 @@ def test_many_deleted_and_new_fields_are_still_right() -> None:
     for field in fields:
         message.headers.add(field.name, "w")
     for mta in mtas(WIRES[0]):
-        result = delivered(mta, sent, ENVELOPE, changes(message, lambda: NUMBERING[type(mta)])).without_trace()
+        result = delivered(mta, sent, ENVELOPE, changes(message, NUMBERING[type(mta)])).without_trace()
         assert [header.raw for header in result.headers] == [f"X-{number}: w" for number in range(200)]
 
 
