@@ -50,7 +50,10 @@ It needs a libmilter.a of position-independent code (Debian, Ubuntu: libmilter-d
 SHARED_INSTEAD = "milter: linking the shared libmilter, whose system calls stay as they are: {reason}"
 
 # What io.c puts in the place of libmilter's calls. The fortified ones are referred to only in some builds.
-WRAPPERS = ("accept", "close", "poll", "pthread_create", "pthread_detach", "read", "syslog", "write", "writev")
+WRAPPERS = (
+    *("accept", "close", "poll", "pthread_cond_signal", "pthread_create", "pthread_detach"),
+    *("read", "syslog", "write", "writev"),
+)
 FORTIFIED_WRAPPERS = ("__poll_chk", "__read_chk", "__syslog_chk")
 # Without these it is not the libmilter that io.c was written for; one name of each line must be there.
 NEEDED = (("accept",), ("close",), ("poll", "__poll_chk"), ("read", "__read_chk"), ("writev",))

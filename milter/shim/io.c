@@ -39,19 +39,23 @@
  *      It looks at nothing but the atomic fields of an entry, since its list may
  *      be out of date. Entries are never freed, so there is always one to look at.
  *
- * Sessions that never pause (libmilter built with its pool of workers)
+ * Sessions that wait for a worker (libmilter built with its pool of workers)
  *
- *   A worker stays with a session as long as the next command comes within a
- *   millisecond. The controller may have promised another session to a worker
- *   that is busy by now; with every worker at a session that never pauses, it
- *   would wait for ever. Here it shows who was promised a worker, and was not
- *   yet served: waiting_count. While it is not 0, a session that had its turn is
- *   told that nothing has arrived; it goes back to the controller, where its poll
- *   says at once that something has.
+ *   libmilter promises a session on which something has come to an idle worker, if
+ *   it believes that there is one; else it starts a worker for it. A worker counts
+ *   as idle until it wakes up, so several sessions may be promised to the same one.
+ *   The others wait in a queue until any worker has nothing to do, and a worker
+ *   stays with a session as long as the next command comes within a millisecond:
+ *   behind sessions that never pause, or handlers that take long, they wait without
+ *   bound. So what is promised is counted here, and when the queue did not move for
+ *   a while, as many workers are started as sessions wait, by the function that
+ *   libmilter itself starts them with. Those that are not needed any more end by
+ *   themselves.
  */
 #define _GNU_SOURCE
 
 #include "io.h"
+#include "threads.h"
 
 #if MILTER_IO_WRAPPED
 
@@ -70,6 +74,7 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <syslog.h>
+#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -78,8 +83,11 @@ enum {
     BLOCKS_KEPT = 32,  /* free blocks that are not given back to malloc */
     CHUNK = 256,       /* entries that are allocated at once */
     CHUNKS = 4096,     /* descriptors above CHUNK * CHUNKS are served without a block */
-    TURN = 64          /* commands after which a session gives way, if another one waits */
+    LOOK = 1           /* milliseconds between two looks at the queue, while there is one */
 };
+
+/* Nanoseconds in which a worker should come for one of the sessions in the queue. */
+static const int64_t PATIENCE = 1000 * 1000;
 
 struct block {
     struct block *next_free;
@@ -89,23 +97,23 @@ struct block {
 
 struct connection {
     /* Any thread: */
-    atomic_bool open;     /* accepted by libmilter, and not closed */
-    atomic_bool waiting;  /* promised to a worker, which has not come yet: counted in waiting_count */
-    atomic_bool gave_way; /* input is here, but others come first: counted in given_way_count */
+    atomic_bool open;   /* accepted by libmilter, and not closed */
+    atomic_bool queued; /* promised to a worker that was idle, and has not come yet: counted in queue_length */
     /* Whoever serves the session: */
     bool tcp;
     bool ended;   /* the peer has closed its side, all it sent was taken */
     bool blocked; /* the last try to write wrote less than all */
     int error;    /* errno of a read or write that failed for good */
     int timeout;  /* milliseconds, of libmilter's last poll */
-    unsigned commands; /* in this turn */
     struct block *block;
     unsigned input_begin, input_end;
     unsigned output_begin, output_end;
 };
 
 static _Atomic(struct connection *) table[CHUNKS];
-static atomic_uint waiting_count, given_way_count;
+static atomic_uint queue_length;
+static _Atomic uint64_t queue_moved; /* when a worker came for one of the queue, or the first one was promised */
+static void *(*_Atomic worker)(void *); /* libmilter's function for its workers, once it is known */
 
 static pthread_mutex_t blocks_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct block *free_blocks; /* under blocks_lock */
@@ -116,6 +124,7 @@ static atomic_int log_descriptor = -1;
 
 int __real_accept(int fd, struct sockaddr *address, socklen_t *size);
 int __real_close(int fd);
+int __real_pthread_cond_signal(pthread_cond_t *condition);
 int __real_poll(struct pollfd *fds, nfds_t count, int timeout);
 ssize_t __real_read(int fd, void *buffer, size_t size);
 ssize_t __real_write(int fd, const void *buffer, size_t size);
@@ -203,6 +212,110 @@ static void set_option(int fd, int option)
     (void)setsockopt(fd, IPPROTO_TCP, option, &on, sizeof on); /* without it: slower, not wrong */
 }
 
+/* ---- The queue for a worker -------------------------------------------------------------- */
+
+/* In libmilter's controller and its listener: the sessions that it is about to hand out, in its order. */
+static _Thread_local struct {
+    const struct pollfd *fds;
+    nfds_t count, next;
+} dispatch;
+
+/* In libmilter's listener, which starts the first workers: the function that it started twice. */
+static _Thread_local struct {
+    void *(*last)(void *);
+    void *(*twice)(void *);
+} first_threads;
+
+static uint64_t now(void)
+{
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+}
+
+static struct connection *next_dispatched(void)
+{
+    while (dispatch.next < dispatch.count) {
+        const struct pollfd *polled = &dispatch.fds[dispatch.next++];
+        struct connection *connection = polled->revents != 0 ? connection_of(polled->fd) : NULL;
+        if (connection != NULL)
+            return connection;
+    }
+    return NULL;
+}
+
+/* By libmilter's controller or listener, under libmilter's lock: an idle worker is told of a session. */
+static void enter_queue(struct connection *connection)
+{
+    if (atomic_exchange(&connection->queued, true))
+        return;
+    if (atomic_fetch_add(&queue_length, 1) == 0)
+        atomic_store(&queue_moved, now());
+}
+
+/* By the worker that comes for the session, and by whoever closes it. */
+static void leave_queue(struct connection *connection)
+{
+    if (!atomic_load(&connection->queued) || !atomic_exchange(&connection->queued, false))
+        return;
+    atomic_store(&queue_moved, now());
+    atomic_fetch_sub(&queue_length, 1);
+}
+
+static bool queue_stands(void)
+{
+    return atomic_load(&queue_length) > 0 && (int64_t)(now() - atomic_load(&queue_moved)) > PATIENCE;
+}
+
+/* By libmilter's controller or listener: a worker for each session of a queue that stands. */
+static void start_workers(void)
+{
+    void *(*const routine)(void *) = atomic_load(&worker);
+    pthread_t thread;
+
+    for (unsigned missing = routine != NULL ? atomic_load(&queue_length) : 0; missing > 0; missing--)
+        if (milter_start_thread(&thread, NULL, routine, NULL) != 0) /* it detaches itself */
+            break;
+    atomic_store(&queue_moved, now());
+}
+
+/*
+ * By libmilter's controller and listener, which hand out sessions: they look
+ * after the queue while they wait. And by anybody else whose descriptor is not
+ * a connection's, which does no harm.
+ */
+static int poll_others(struct pollfd *fds, nfds_t count, int timeout)
+{
+    int result;
+
+    for (;;) {
+        const bool look = atomic_load(&queue_length) > 0 && (timeout < 0 || timeout > LOOK);
+
+        if (look && queue_stands())
+            start_workers();
+        result = __real_poll(fds, count, look ? LOOK : timeout);
+        if (result != 0 || !look)
+            return result;
+        if (timeout > 0)
+            timeout -= LOOK;
+    }
+}
+
+/* By libmilter's controller, after its poll: it will hand out these, if connections are among them. */
+static void note_ready(const struct pollfd *fds, nfds_t count, int ready)
+{
+    nfds_t first = 0;
+
+    while (ready > 0 && first < count && (fds[first].revents == 0 || connection_of(fds[first].fd) == NULL))
+        first++;
+    dispatch.fds = fds;
+    dispatch.count = ready > 0 && first < count ? count : 0;
+    dispatch.next = first;
+}
+
+/* ---- Connections begin ------------------------------------------------------------------- */
+
 /* By libmilter's listener. Nobody else knows the descriptor yet. */
 static void adopt(int fd, bool tcp)
 {
@@ -212,14 +325,11 @@ static void adopt(int fd, bool tcp)
         set_option(fd, TCP_NODELAY);
     if (connection == NULL)
         return;
+    give_block_back(connection); /* there is none, unless somebody closed the descriptor behind our back */
     connection->tcp = tcp;
     connection->ended = connection->blocked = false;
     connection->error = 0;
     connection->timeout = -1;
-    connection->commands = 0;
-    atomic_store(&connection->gave_way, false);
-    atomic_store(&connection->waiting, true);
-    atomic_fetch_add(&waiting_count, 1);
     atomic_store(&connection->open, true);
 }
 
@@ -236,37 +346,42 @@ static bool fails_for_good(int error)
 }
 
 /*
- * By whoever serves the session. Writes what was gathered, then the parts, as
- * far as it goes without waiting. Returns how many bytes of the parts went; -1
- * and errno EAGAIN, if what was gathered did not go entirely, or nothing did.
+ * By whoever serves the session. Writes what was gathered, then the parts (eight
+ * at most; libmilter has two), as far as it goes without waiting. Returns how
+ * many bytes of the parts went; 0, when there are none and all gathered went;
+ * else -1 and errno, EAGAIN if the peer must read first.
  */
 static ssize_t send_now(struct connection *connection, int fd, const struct iovec *parts, int count)
 {
-    struct iovec all[8];
+    struct iovec all[9];
     const size_t first = gathered(connection);
+    size_t size = first;
     int n = 0;
 
     if (first > 0)
         all[n++] = (struct iovec){connection->block->output + connection->output_begin, first};
-    for (int i = 0; i < count && n < 8; i++)
+    for (int i = 0; i < count && i < 8; i++) {
         all[n++] = parts[i];
+        size += parts[i].iov_len;
+    }
     const struct msghdr message = {.msg_iov = all, .msg_iovlen = (size_t)n};
     const ssize_t sent = sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (sent < 0) {
-        if (fails_for_good(errno))
-            connection->error = errno;
-        else
-            connection->blocked = true;
+    if (sent < 0 && fails_for_good(errno))
+        connection->error = errno;
+    else
+        connection->blocked = sent < (ssize_t)size;
+    if (sent < 0)
         return -1;
-    }
-    if ((size_t)sent < first || (sent == (ssize_t)first && count > 0)) {
+    if ((size_t)sent < first) {
         connection->output_begin += (unsigned)sent;
-        connection->blocked = true;
         errno = EAGAIN;
         return -1;
     }
     connection->output_begin = connection->output_end = 0;
-    connection->blocked = false;
+    if ((size_t)sent == first && size > first) {
+        errno = EAGAIN;
+        return -1;
+    }
     return sent - (ssize_t)first;
 }
 
@@ -288,8 +403,11 @@ static bool flush(struct connection *connection, int fd)
 static int await_output(struct connection *connection, struct pollfd *fds, int timeout)
 {
     connection->timeout = timeout;
-    if (connection->blocked && connection->error == 0)
-        return __real_poll(fds, 1, timeout);
+    if (connection->blocked && connection->error == 0) {
+        const int result = __real_poll(fds, 1, timeout);
+        connection->blocked = result <= 0;
+        return result;
+    }
     fds->revents = POLLOUT;
     return 1;
 }
@@ -378,17 +496,6 @@ static ssize_t read_some(struct connection *connection, int fd, char *buffer, si
 
 /* ---- Waiting for input ------------------------------------------------------------------- */
 
-/* By the worker that comes for the session: it is nobody's turn to wait for this one any more. */
-static void begin_turn(struct connection *connection)
-{
-    if (atomic_exchange(&connection->waiting, false)) {
-        atomic_fetch_sub(&waiting_count, 1);
-        connection->commands = 0;
-    }
-    if (atomic_load(&connection->gave_way) && atomic_exchange(&connection->gave_way, false))
-        atomic_fetch_sub(&given_way_count, 1);
-}
-
 /* Is there anything that libmilter should look at? */
 static bool has_news(const struct connection *connection)
 {
@@ -399,12 +506,6 @@ static int say_ready(const struct connection *connection, struct pollfd *fds)
 {
     fds->revents = connection->error != 0 ? POLLIN | POLLERR | POLLHUP : POLLIN;
     return 1;
-}
-
-/* By a worker, between two commands. */
-static bool should_give_way(struct connection *connection)
-{
-    return ++connection->commands > TURN && atomic_load_explicit(&waiting_count, memory_order_relaxed) > 0;
 }
 
 /*
@@ -420,19 +521,9 @@ static int await_input(struct connection *connection, struct pollfd *fds, int ti
     const bool wrote = gathered(connection) > 0;
 
     fds->revents = 0;
-    begin_turn(connection);
+    leave_queue(connection);
     if (!between)
         connection->timeout = timeout;
-    if (between && should_give_way(connection)) {
-        flush(connection, fd);
-        if (has_news(connection)) {
-            atomic_store(&connection->gave_way, true);
-            atomic_fetch_add(&given_way_count, 1);
-        } else {
-            give_block_back(connection);
-        }
-        return 0;
-    }
     if (has_news(connection))
         return say_ready(connection, fds);
 
@@ -455,34 +546,6 @@ static int await_input(struct connection *connection, struct pollfd *fds, int ti
         }
         receive(connection, fd, NULL, 0);
     }
-}
-
-/* By libmilter's controller: its pipe, and all sessions that wait. */
-static int await_many(struct pollfd *fds, nfds_t count, int timeout)
-{
-    bool here = false;
-
-    for (nfds_t i = 0; i < count && !here && atomic_load(&given_way_count) > 0; i++) {
-        const struct connection *connection = connection_of(fds[i].fd);
-        here = connection != NULL && atomic_load(&connection->gave_way);
-    }
-    int ready = __real_poll(fds, count, here ? 0 : timeout);
-    if (ready < 0 || (ready == 0 && !here))
-        return ready;
-    for (nfds_t i = 0; i < count; i++) {
-        if (fds[i].revents == 0 && !here)
-            continue;
-        struct connection *connection = connection_of(fds[i].fd);
-        if (connection == NULL)
-            continue;
-        if (fds[i].revents == 0 && atomic_load(&connection->gave_way)) {
-            fds[i].revents = POLLIN;
-            ready++;
-        }
-        if (fds[i].revents != 0 && !atomic_exchange(&connection->waiting, true))
-            atomic_fetch_add(&waiting_count, 1);
-    }
-    return ready;
 }
 
 /* ---- For the shim and for Python: see io.h ------------------------------------------------ */
@@ -538,13 +601,46 @@ static void log_line(int priority, const char *format, va_list arguments)
 
 WRAP int __wrap_accept(int fd, struct sockaddr *address, socklen_t *size)
 {
+    static _Thread_local struct pollfd newcomer;
     const int accepted = __real_accept(fd, address, size);
 
     if (accepted >= 0) {
         const bool named = address != NULL && *size >= sizeof address->sa_family;
         adopt(accepted, named && (address->sa_family == AF_INET || address->sa_family == AF_INET6));
+        newcomer = (struct pollfd){accepted, POLLIN, POLLIN};
+        note_ready(&newcomer, 1, 1);
+        if (first_threads.twice != NULL && atomic_load(&worker) == NULL)
+            atomic_store(&worker, first_threads.twice);
     }
     return accepted;
+}
+
+/* libmilter tells its workers of a session in the queue. */
+WRAP int __wrap_pthread_cond_signal(pthread_cond_t *condition)
+{
+    struct connection *connection = next_dispatched();
+
+    if (connection != NULL)
+        enter_queue(connection);
+    return __real_pthread_cond_signal(condition);
+}
+
+/*
+ * libmilter starts a worker for a session, or, before it accepts the first one,
+ * its controller and some workers that have none. Anybody's threads start here,
+ * but only libmilter's listener has the one, and accepts later.
+ */
+WRAP int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*routine)(void *),
+                               void *argument)
+{
+    if (next_dispatched() != NULL) {
+        atomic_store(&worker, routine);
+    } else if (argument == NULL) {
+        if (first_threads.last == routine)
+            first_threads.twice = routine;
+        first_threads.last = routine;
+    }
+    return milter_start_thread(thread, attributes, routine, argument);
 }
 
 /* The entry is left before the descriptor is, which may be another connection's at once. */
@@ -555,7 +651,7 @@ WRAP int __wrap_close(int fd)
     if (connection != NULL) {
         if (connection->error == 0 && gathered(connection) > 0)
             (void)send_now(connection, fd, NULL, 0); /* without waiting: libmilter holds its lock here */
-        begin_turn(connection);
+        leave_queue(connection);
         give_block_back(connection);
         atomic_store(&connection->open, false);
     }
@@ -566,11 +662,13 @@ WRAP int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout)
 {
     struct connection *connection;
 
-    if (count != 1)
-        return await_many(fds, count, timeout);
-    connection = connection_of(fds->fd);
-    if (connection == NULL)
-        return __real_poll(fds, count, timeout);
+    connection = count == 1 ? connection_of(fds->fd) : NULL;
+    if (connection == NULL) {
+        dispatch.count = 0;
+        const int ready = poll_others(fds, count, timeout);
+        note_ready(fds, count, ready);
+        return ready;
+    }
     if ((fds->events & POLLOUT) != 0)
         return await_output(connection, fds, timeout);
     return await_input(connection, fds, timeout);

@@ -5,18 +5,19 @@
  * libmilter's pool ends a worker as soon as two others have nothing to do, and
  * begins a new one at the next moment when all are busy: under load, for every
  * tenth message or so. A thread that Python has not seen before costs as much as
- * several messages. So where libmilter's calls are redirected (see io.c), a
- * thread whose task has ended waits here for the next one.
+ * several messages. So where libmilter's calls are redirected (see io.c, which
+ * takes its calls of pthread_create), a thread whose task has ended waits here
+ * for the next one.
  *
  * Who touches what: idle and idle_count, and the fields of an idle thread, under
  * the lock. An idle thread's struct lies on its own stack, which lasts, since the
  * thread leaves the list before it goes on.
  */
-#include "io.h"
+#include "threads.h"
 
 #if MILTER_IO_WRAPPED
 
-#include <pthread.h>
+#include <stdbool.h>
 #include <stdlib.h>
 
 enum { KEPT = 32 }; /* idle threads; more of them end, as without this file */
@@ -104,9 +105,7 @@ static bool hand_over(pthread_t *thread, struct task task)
     return taker != NULL;
 }
 
-__attribute__((used, visibility("hidden"))) int __wrap_pthread_create(pthread_t *thread,
-                                                                      const pthread_attr_t *attributes,
-                                                                      void *(*start)(void *), void *argument)
+int milter_start_thread(pthread_t *thread, const pthread_attr_t *attributes, void *(*start)(void *), void *argument)
 {
     const struct task task = {start, argument};
 
