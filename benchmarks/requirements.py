@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the library must reach: a list of ratios, each with its limit, judged on the figures of one run."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from benchmarks.contenders import BASELINE
+
+Scenarios = dict[str, Any]
+"""The part ``scenarios`` of the results, see ``__main__``."""
+Figure = Callable[[Scenarios], float | None]
+
+PYMILTERS = ("pymilter-replying", "pymilter-observing", "pymilter-noreply")
+
+
+@dataclass(frozen=True)
+class Requirement:
+    what: str
+    figure: Figure
+    bound: Literal["at least", "at most"]
+    limit: float
+    unit: str = ""
+
+
+def of(scenarios: Scenarios, scenario: str, contender: str) -> dict[str, Any] | None:
+    """What was measured; None when nothing was, or the answers were wrong."""
+    result: dict[str, Any] | None = scenarios.get(scenario, {}).get("results", {}).get(contender)
+    return result if result is not None and "median" in result else None
+
+
+def rate_ratio(scenarios: Scenarios, scenario: str, contender: str, other: str) -> float | None:
+    """Messages per second, compared round by round: the median of the quotients."""
+    ours, theirs = of(scenarios, scenario, contender), of(scenarios, scenario, other)
+    if ours is None or theirs is None:
+        return None
+    return _median_quotient(ours, theirs, "per_second")
+
+
+def _median_quotient(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> float:
+    pairs = zip(ours["rounds"], theirs["rounds"], strict=True)
+    return float(statistics.median(one[name] / two[name] for one, two in pairs))
+
+
+def _rate(scenario: str, contender: str, other: str) -> Figure:
+    return lambda scenarios: rate_ratio(scenarios, scenario, contender, other)
+
+
+def _rate_to_best(scenario: str, contender: str, others: tuple[str, ...]) -> Figure:
+    def figure(scenarios: Scenarios) -> float | None:
+        ratios = [rate_ratio(scenarios, scenario, contender, other) for other in others]
+        return min((ratio for ratio in ratios if ratio is not None), default=None)
+
+    return figure
+
+
+def _median(scenario: str, contender: str, name: str) -> Figure:
+    def figure(scenarios: Scenarios) -> float | None:
+        result = of(scenarios, scenario, contender)
+        return None if result is None else result["median"][name]
+
+    return figure
+
+
+def delay_ratio(scenarios: Scenarios, contender: str) -> float | None:
+    """How much longer a message takes over TCP than over a Unix socket."""
+    tcp, unix = of(scenarios, "tcp-1", contender), of(scenarios, "unix-1", contender)
+    if tcp is None or unix is None:
+        return None
+    return _median_quotient(tcp, unix, "p50_us")
+
+
+def _delay(contender: str) -> Figure:
+    return lambda scenarios: delay_ratio(scenarios, contender)
+
+
+MESSAGE = "milter-message"
+REQUIRED = [
+    Requirement(
+        "on_message to C, no reply (8 connections, a message each)", _rate("each-8", MESSAGE, BASELINE), "at least", 1.3
+    ),
+    Requirement("on_message to C, replying (the same)", _rate("each-8", MESSAGE, "c-replying"), "at least", 3.5),
+    Requirement(
+        "on_message to pymilter at its best (the same)", _rate_to_best("each-8", MESSAGE, PYMILTERS), "at least", 5
+    ),
+    Requirement(
+        "on_message to C, no reply (4 long-lived connections)", _rate("long-4", MESSAGE, BASELINE), "at least", 1.5
+    ),
+    Requirement(
+        "on_message, shared library, to C, no reply (8 connections, a message each)",
+        _rate("each-8", "milter-message-shared", BASELINE),
+        "at least",
+        0.85,
+    ),
+    Requirement(
+        "replying to pymilter, replying (8 connections, a message each)",
+        _rate("each-8", "milter-replying", "pymilter-replying"),
+        "at least",
+        1.2,
+    ),
+    Requirement(
+        "header and body observed to pymilter with the same @noreply (the same)",
+        _rate("each-8", "milter-observing", "pymilter-observing"),
+        "at least",
+        1.5,
+    ),
+    Requirement("on_message to C, no reply (1 MB bodies)", _rate("large", MESSAGE, BASELINE), "at least", 0.9),
+    Requirement("on_message, TCP to Unix socket: median time of a message", _delay(MESSAGE), "at most", 2),
+    Requirement(
+        "on_message, connections that never pause: longest wait to median",
+        _median("unpausing", MESSAGE, "longest_to_median"),
+        "at most",
+        20,
+    ),
+    Requirement(
+        "on_message, memory of an idle connection",
+        _median("idle", MESSAGE, "kib_per_connection"),
+        "at most",
+        25,
+        " KiB",
+    ),
+    Requirement(
+        "on_message, memory that grows with each message (soak)",
+        _median("soak", MESSAGE, "bytes_grown_per_message"),
+        "at most",
+        4,
+        " bytes",
+    ),
+]
+
+
+def judge(scenarios: Scenarios) -> list[dict[str, Any]]:
+    return [_judged(requirement, requirement.figure(scenarios)) for requirement in REQUIRED]
+
+
+def _judged(requirement: Requirement, figure: float | None) -> dict[str, Any]:
+    if figure is None:
+        verdict = "not measured"
+    elif requirement.bound == "at least":
+        verdict = "ok" if figure >= requirement.limit else "MISSED"
+    else:
+        verdict = "ok" if figure <= requirement.limit else "MISSED"
+    return {
+        "what": requirement.what,
+        "bound": requirement.bound,
+        "limit": requirement.limit,
+        "unit": requirement.unit,
+        "figure": None if figure is None else round(figure, 3),
+        "verdict": verdict,
+    }
