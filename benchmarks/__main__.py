@@ -25,6 +25,7 @@ QUICK = {"rounds": 2, "seconds": 0.4, "warm_up": 0.1, "patience_seconds": 2.0, "
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
+    facts = machine.facts()
     _allow_many_connections()
     workshop = Workshop(parsed.cache)
     try:
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     crew, unavailable = _prepare(workshop, chosen)
     results: dict[str, Any] = {
         "format": 1,
-        "machine": machine.facts(),
+        "machine": facts,
         "settings": {
             **asdict(settings),
             "headers": parsed.headers,
@@ -75,15 +76,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=", ".join(contender.name for contender in CONTENDERS),
     )
-    parser.add_argument(
-        "--with",
-        dest="requested",
-        action="append",
-        default=[],
-        choices=[contender.name for contender in CONTENDERS if contender.on_request],
-        metavar="NAME",
-        help="a filter that is left out otherwise: indymilter",
-    )
     parser.add_argument("--cache", type=Path, default=HERE / ".cache", metavar="DIR", help="for what is built")
     return parser
 
@@ -97,9 +89,7 @@ def _settings(parsed: argparse.Namespace) -> Settings:
 
 
 def _chosen_contenders(parsed: argparse.Namespace) -> list[Contender]:
-    if parsed.filter:
-        return [contender for contender in CONTENDERS if contender.name in parsed.filter]
-    return [contender for contender in CONTENDERS if not contender.on_request or contender.name in parsed.requested]
+    return [contender for contender in CONTENDERS if not parsed.filter or contender.name in parsed.filter]
 
 
 def _chosen_groups(parsed: argparse.Namespace) -> list[list[Scenario]]:

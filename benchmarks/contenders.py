@@ -27,7 +27,8 @@ class Contender:
     optional: bool = False
     """It is not ours: where it cannot be had, the benchmark goes on without it."""
     tcp_only: bool = False
-    on_request: bool = False
+    single_message: str = ""
+    """Why it is left out where a connection has more than one message."""
 
 
 def _script(name: str) -> str:
@@ -73,12 +74,6 @@ CONTENDERS = [
         _package("purepythonmilter==0.0.1", "purepythonmilter_filter"),
         optional=True,
         tcp_only=True,
-    ),
-    Contender(
-        "indymilter",
-        "indymilter (Rust), no reply",
-        lambda workshop: Program([str(workshop.cargo_program("indymilter_filter"))]),
-        optional=True,
-        on_request=True,
+        single_message="it sends the changes of a connection's earlier messages again",
     ),
 ]

@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 
-def facts() -> dict[str, str | int]:
+def facts() -> dict[str, str | int | float]:
+    """Asked before the run: what else the machine does then, it will do during the run."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "cpus": len(os.sched_getaffinity(0)),
@@ -17,6 +18,7 @@ def facts() -> dict[str, str | int]:
         "kernel": f"{platform.system()} {platform.release()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "libmilter": _libmilter(),
+        "load_before": round(os.getloadavg()[0], 2),
     }
 
 

@@ -2,6 +2,7 @@
 """Goes through the rounds: all filters take turns, so that a slow moment of the machine hits them alike."""
 
 import contextlib
+import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ Results = dict[str, Result]
 """Of one scenario, by the filter's name: figures, or ``wrong``, or ``unavailable``."""
 
 SOAK_POINTS = 20
+CPU_LEAST = 0.1  # seconds
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,17 @@ class Post:
         numbers = [name for name, value in self.rounds[0].items() if isinstance(value, (int, float))]
         return {
             "median": {name: statistics.median(one[name] for one in self.rounds) for name in numbers},
+            "cpu_us_per_message": _cpu_us_per_message(self.rounds),
             "rounds": self.rounds,
             "rss_kib": self.process.rss_kib(),
             "peak_rss_kib": self.process.peak_kib(),
         }
+
+
+def _cpu_us_per_message(rounds: list[Round]) -> float | None:
+    """Of all rounds together; None when it was too little to tell, since the kernel counts hundredths of a second."""
+    seconds = sum(one.get("cpu_seconds", 0) for one in rounds)
+    return None if seconds < CPU_LEAST else round(seconds / sum(one["messages"] for one in rounds) * 1e6, 1)
 
 
 def checked(told: Told) -> Told:
@@ -103,7 +112,7 @@ def _play_rate(post: Post, seconds: float | None = None) -> Round:
     return {
         "messages": told["messages"],
         "per_second": told["per_second"],
-        "cpu_us_per_message": round(used / told["messages"] * 1e6, 2),
+        "cpu_seconds": round(used, 2),
         "p50_us": told["latency_us"]["p50"],
         "p99_us": told["latency_us"]["p99"],
         "max_us": told["latency_us"]["max"],
@@ -160,16 +169,18 @@ def measure(
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="milter-bench-")))
         posts = []
-        for scenario in scenarios:
-            for contender, program in crew:
-                transport = "tcp" if contender.tcp_only else scenario.transport
-                name = f"{contender.name}-{scenario.name}"
-                try:
-                    process = stack.enter_context(FilterProcess(program, transport, directory, name))
-                except StartFailed as failure:
-                    found[scenario.name][contender.name] = {"unavailable": f"it does not start: {failure}"}
-                else:
-                    posts.append(Post(scenario, contender, process, generator, settings))
+        for scenario, (contender, program) in itertools.product(scenarios, crew):
+            if contender.single_message and not scenario.one_message_each:
+                found[scenario.name][contender.name] = {"unavailable": contender.single_message}
+                continue
+            transport = "tcp" if contender.tcp_only else scenario.transport
+            name = f"{contender.name}-{scenario.name}"
+            try:
+                process = stack.enter_context(FilterProcess(program, transport, directory, name))
+            except StartFailed as failure:
+                found[scenario.name][contender.name] = {"unavailable": f"it does not start: {failure}"}
+            else:
+                posts.append(Post(scenario, contender, process, generator, settings))
         for post in posts:
             post.warm_up()
         for number in range(1 if scenarios[0].once else settings.rounds):

@@ -35,6 +35,10 @@ class Entry:
     def median(self, name: str, form: str) -> str:
         return format(self._result["median"][name], form)
 
+    def cpu(self) -> str:
+        used = self._result["cpu_us_per_message"]
+        return NOTHING if used is None else f"{used:.0f}"
+
     def mebibytes(self, name: str) -> str:
         return f"{self._result[name] / 1024:.1f}"
 
@@ -51,7 +55,7 @@ class Entry:
 Column = tuple[str, Callable[[Entry], str]]
 
 _COMMON: list[Column] = [
-    ("CPU µs a message", lambda entry: entry.median("cpu_us_per_message", ".0f")),
+    ("CPU µs a message", Entry.cpu),
     ("p50 µs", lambda entry: entry.median("p50_us", ".0f")),
     ("p99 µs", lambda entry: entry.median("p99_us", ".0f")),
     ("peak MiB", lambda entry: entry.mebibytes("peak_rss_kib")),
@@ -117,8 +121,8 @@ def _scenario_table(results: Results, name: str) -> tuple[Row, list[Row], list[s
     scenario = results["scenarios"][name]
     columns = COLUMNS[scenario["kind"]]
     rows, notes = [], []
-    for contender, result in scenario["results"].items():
-        label = results["contenders"][contender]
+    for contender, label in results["contenders"].items():
+        result = scenario["results"][contender]
         if "median" in result:
             entry = Entry(results, name, contender)
             rows.append([label, *(write(entry) for _, write in columns)])
@@ -141,7 +145,8 @@ def _machine(results: Results) -> str:
         f"{machine['date']}: {machine['cpus']} CPUs ({machine['cpu']}), {machine['kernel']}, {machine['python']}, "
         f"libmilter of Sendmail {machine['libmilter']}. Medians of {settings['rounds']} interleaved rounds of "
         f"{settings['seconds']:g} s; {settings['headers']} headers, {settings['body']:,} bytes of body, "
-        f"recipients: {settings['recipients']}, one header added."
+        f"recipients: {settings['recipients']}, one header added. "
+        f"Load of the machine before: {machine['load_before']:.1f}."
     )
 
 

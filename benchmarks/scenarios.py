@@ -23,6 +23,10 @@ class Scenario:
     """One round is enough, or all that makes sense."""
     charted: bool = False
 
+    @property
+    def one_message_each(self) -> bool:
+        return self.per_connection == 1
+
 
 GROUPS = [
     [
@@ -102,6 +106,7 @@ GROUPS = [
             "Many connections stay open after one message each: what memory does one take?",
             "idle",
             connections=16,
+            per_connection=1,
             once=True,
         )
     ],

@@ -55,16 +55,6 @@ class Workshop:
 
         return self._once(f"venv-{requirement}", [], make, sys.version) / "bin" / "python"
 
-    def cargo_program(self, name: str) -> Path:
-        """A program in Rust, from the directory of its name under ``filters``."""
-        source = HERE / "filters" / name
-
-        def make(place: Path) -> None:
-            command = ["cargo", "build", "--quiet", "--release", "--manifest-path", str(source / "Cargo.toml")]
-            _run([*command, "--target-dir", str(place)])
-
-        return self._once(f"cargo-{name}", _files(source), make) / "release" / name
-
     def _c_program(self, name: str, sources: list[Path], flags: list[str]) -> Path:
         compiler = shlex.split(os.environ.get("CC", "cc"))
 
