@@ -25,7 +25,6 @@ QUICK = {"rounds": 2, "seconds": 0.4, "warm_up": 0.1, "patience_seconds": 2.0, "
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
-    facts = machine.facts()
     _allow_many_connections()
     workshop = Workshop(parsed.cache)
     try:
@@ -38,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     crew, unavailable = _prepare(workshop, chosen)
     results: dict[str, Any] = {
         "format": 1,
-        "machine": facts,
+        "machine": machine.facts(),
         "settings": {
             **asdict(settings),
             "headers": parsed.headers,

@@ -8,18 +8,26 @@ import subprocess
 from pathlib import Path
 
 
-def facts() -> dict[str, str | int | float]:
-    """Asked before the run: what else the machine does then, it will do during the run."""
+def facts() -> dict[str, str | int]:
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": cpus(),
         "cpu": _cpu(),
         "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
         "kernel": f"{platform.system()} {platform.release()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "libmilter": _libmilter(),
-        "load_before": round(os.getloadavg()[0], 2),
     }
+
+
+def cpus() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def busy_seconds() -> float:
+    """What all processors together have worked since the machine started, for whomever."""
+    user, nice, system, _idle, _waiting, *others = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    return sum(map(int, [user, nice, system, *others])) / os.sysconf("SC_CLK_TCK")
 
 
 def _cpu() -> str:

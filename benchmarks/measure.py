@@ -5,11 +5,13 @@ import contextlib
 import itertools
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
 from benchmarks.contenders import Contender, Program
 from benchmarks.generator import Generator, LoadFailed, Told
 from benchmarks.process import FilterProcess, StartFailed
@@ -106,9 +108,10 @@ def checked(told: Told) -> Told:
 
 
 def _play_rate(post: Post, seconds: float | None = None) -> Round:
-    before = post.process.cpu_seconds()
+    before, busy_before, start = post.process.cpu_seconds(), machine.busy_seconds(), time.monotonic()
     told = post.load(seconds=seconds or post.settings.seconds)
     used = post.process.cpu_seconds() - before
+    busy, elapsed = machine.busy_seconds() - busy_before, time.monotonic() - start
     return {
         "messages": told["messages"],
         "per_second": told["per_second"],
@@ -119,6 +122,7 @@ def _play_rate(post: Post, seconds: float | None = None) -> Round:
         "from_connect_p50_us": told["from_connect_us"]["p50"],
         "longest_us": told["longest_us"],
         "load_share": round(told["load_cpu_seconds"] / told["seconds"], 3),
+        "others_share": round(max(0, busy - used - told["load_cpu_seconds"]) / (elapsed * machine.cpus()), 3),
     }
 
 

@@ -7,6 +7,7 @@ python -m benchmarks.report results.json --into README.md --svg x.svg  between i
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -145,9 +146,23 @@ def _machine(results: Results) -> str:
         f"{machine['date']}: {machine['cpus']} CPUs ({machine['cpu']}), {machine['kernel']}, {machine['python']}, "
         f"libmilter of Sendmail {machine['libmilter']}. Medians of {settings['rounds']} interleaved rounds of "
         f"{settings['seconds']:g} s; {settings['headers']} headers, {settings['body']:,} bytes of body, "
-        f"recipients: {settings['recipients']}, one header added. "
-        f"Load of the machine before: {machine['load_before']:.1f}."
+        f"recipients: {settings['recipients']}, one header added."
+        f"{_others(results)}"
     )
+
+
+def _others(results: Results) -> str:
+    """How much the machine had to do besides: with more than a little, the figures are not to be trusted."""
+    shares = [
+        one["others_share"]
+        for scenario in results["scenarios"].values()
+        for result in scenario["results"].values()
+        for one in result.get("rounds", [])
+        if "others_share" in one
+    ]
+    if not shares:
+        return ""
+    return f" Other processes took {statistics.median(shares):.0%} of the processors (in one round {max(shares):.0%})."
 
 
 def _aligned(headings: Row, rows: list[Row]) -> str:
