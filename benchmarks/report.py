@@ -192,6 +192,9 @@ def main() -> None:
     parser.add_argument("--into", type=Path, metavar="FILE", help="fill the place for results in this Markdown file")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the chart")
     parsed = parser.parse_args()
+    for file in filter(None, [parsed.results, parsed.into]):
+        if not file.is_file():
+            parser.error(f"there is no file {file}")
     results = json.loads(parsed.results.read_text(encoding="utf-8"))
     if parsed.svg is not None:
         parsed.svg.write_text(chart.draw(results), encoding="utf-8")
