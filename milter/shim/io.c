@@ -325,7 +325,10 @@ static void adopt(int fd, bool tcp)
         set_option(fd, TCP_NODELAY);
     if (connection == NULL)
         return;
-    give_block_back(connection); /* there is none, unless somebody closed the descriptor behind our back */
+    if (atomic_load(&connection->open)) { /* somebody closed the descriptor behind our back */
+        leave_queue(connection);
+        give_block_back(connection);
+    }
     connection->tcp = tcp;
     connection->ended = connection->blocked = false;
     connection->error = 0;
@@ -685,9 +688,9 @@ WRAP ssize_t __wrap_read(int fd, void *buffer, size_t size)
 {
     struct connection *connection = connection_of(fd);
 
+    last_read = fd; /* of any connection, or the one before would be taken for this one */
     if (connection == NULL)
         return __real_read(fd, buffer, size);
-    last_read = fd;
     return read_some(connection, fd, buffer, size);
 }
 
