@@ -350,11 +350,7 @@ class Headers(Editable):
             self._changed[place] = None
             return
         self._new[place.gap].remove(place)
-        if not self._new[place.gap]:
-            del self._new[place.gap]
         self._new_named[place.key].remove(place)
-        if not self._new_named[place.key]:
-            del self._new_named[place.key]
 
 
 def _key(name: str) -> bytes:

@@ -293,8 +293,8 @@ class Recipients(Editable, Sequence[Address]):
         bare = without_brackets(address)
         if bare not in self:
             raise ValueError(f"{address!r} is not among the recipients: {list(map(str, self))!r}")
-        if self._added.pop(bare, None) is None:
-            self._removed.add(bare)
+        self._added.pop(bare, None)
+        self._removed.add(bare)
 
     def discard(self, address: str) -> None:
         """Remove a recipient if it is there."""

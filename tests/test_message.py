@@ -40,6 +40,7 @@ class Gathered(MemoryContent):
     def read(self, offset: int, size: int) -> bytes:
         if self.gone:
             raise ContextError("the handler is over")
+        assert 0 <= offset <= offset + size <= self.size
         self.reads.append((offset, size))
         return super().read(offset, size)
 
@@ -350,6 +351,15 @@ def test_what_was_read_stays_valid(read: Callable[[Message], object], spooled: b
     assert read(message) == before
 
 
+def test_a_file_can_be_had_of_what_was_read(descriptors: None) -> None:
+    content = Gathered([(b"A", b" 1")], b"x", spooled=True)
+    message = made(content)
+    assert message.as_bytes() == b"A: 1\r\n\r\nx"
+    content.end()
+    with message.open() as file:
+        assert file.read() == b"A: 1\r\n\r\nx"
+
+
 @pytest.mark.parametrize("read", [*READS[:-1], lambda message: message.open()], ids=range(len(READS)))
 def test_what_was_not_read_raises_afterwards(read: Callable[[Message], object]) -> None:
     content = Gathered([(b"A", b" 1")], b"x")
@@ -494,7 +504,7 @@ def test_fields_are_inserted_between_those_that_are_shown() -> None:
 
 def test_a_field_is_replaced_by_its_number_among_those_of_its_name() -> None:
     headers = message_of(*DUPLICATES).headers
-    headers.insert(0, "X-Dup", "0")
+    headers.insert(1, "X-Dup", "0")
     headers.replace("x-dup", "two", 3)
     headers.replace("X-Dup", None)
     assert headers.get_all("X-Dup") == ["1", "two", "3"]
