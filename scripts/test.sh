@@ -58,7 +58,7 @@ build static
 check "Python: ruff check" python -m ruff check
 check "Python: ruff format --check" python -m ruff format --check
 check "Python: mypy" python -m mypy
-check "C: ${CC:-cc} -Wall -Wextra -Werror" compile_strictly milter/shim/*.c
+check "C: ${CC:-cc} -Wall -Wextra -Werror" compile_strictly milter/shim/*.c benchmarks/load/*.c benchmarks/filters/*.c
 check "Examples in the documentation: doctest" check_documentation
 check "Tests with libmilter's I/O wrapped: pytest" python -m pytest "$@"
 

@@ -442,8 +442,13 @@ def test_sendmail_counts_from_its_own_received_only_above_the_first_field() -> N
     for index in (2, 1, 0):
         message.headers.insert(index, f"X-{index}", "v")
     message.headers.add("C", "3")
-    assert [change.arguments[0] for change in changes(message, Numbering.SENDMAIL)] == [b"X-2", b"C", b"9", b"1"]
-    assert [change.arguments[0] for change in changes(message, Numbering.POSTFIX)] == [b"X-2", b"C", b"2", b"1"]
+    assert [change.arguments[0] for change in changes(message, lambda: Numbering.SENDMAIL)] == [
+        b"X-2",
+        b"C",
+        b"9",
+        b"1",
+    ]
+    assert [change.arguments[0] for change in changes(message, lambda: Numbering.POSTFIX)] == [b"X-2", b"C", b"2", b"1"]
 
 
 def test_a_list_that_is_the_same_again_is_no_edit() -> None:

@@ -5,14 +5,14 @@ import re
 from pathlib import Path
 
 from milter import Milter
-from milter.testing import AddHeader, Verdict
+from milter.testing import AddHeader, Envelope, Message, Postfix, Verdict
 from tests.conftest import Serve, send_content
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def program() -> Milter:
-    (source,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def program(number: int) -> Milter:
+    source = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[number]
     names: dict[str, object] = {"__name__": "readme"}
     exec(source, names)
     app = names["app"]
@@ -20,11 +20,24 @@ def program() -> Milter:
     return app
 
 
-def test_the_program_refuses_strangers_and_marks_what_passes(serve: Serve) -> None:
-    client = serve(program()).greeted()
+def test_the_first_program_refuses_strangers_and_marks_what_passes(serve: Serve) -> None:
+    client = serve(program(0)).greeted()
     client.mail("<ann@client.example>")
     answers = [client.rcpt("<boss@internal.example>"), client.rcpt("<bob@mta.example>")]
     client.data()
     end = send_content(client)
     assert [answer and answer.verdict for answer in answers] == [Verdict.REPLY, Verdict.CONTINUE]
     assert end.changes == (AddHeader("X-Guard", "ann@client.example wrote to 1"),)
+
+
+def test_the_second_program_refuses_a_virus_and_marks_what_passes(serve: Serve) -> None:
+    client = serve(program(1)).client()
+    envelope = Envelope.of("ann@client.example", "bob@mta.example")
+    headers = b"X-Spam: no\r\nSubject: test\r\n\r\n"
+    clean = client.send_message(envelope, Message.parse(headers + b"text\r\n"))
+    virus = client.send_message(envelope, Message.parse(headers + b"EICAR-STANDARD-ANTIVIRUS-TEST-FILE\r\n"))
+    delivery = clean.delivery(Postfix(clean.negotiated.steps))
+    assert [header.raw for header in delivery.without_trace().headers] == ["Subject: test", "X-Scanned: clean"]
+    assert delivery.envelope == Envelope.of("ann@client.example", "bob@mta.example", "archive@mail.example")
+    assert virus.end is not None
+    assert (virus.end.answer.code, virus.end.answer.lines) == (554, ("virus found",))
