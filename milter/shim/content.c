@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,10 +15,54 @@
 
 enum {
     BUFFER_FIRST = 512,
+    LARGE = 128 * 1024,           /* a message larger than this gets a buffer of the spool size */
+    LARGE_MOST = 8 * 1024 * 1024, /* if that is not larger than this */
     CONTENT_FIRST = 8 * 1024,  /* most messages fit in this, or are far larger */
     FILE_BUFFER = 64 * 1024,   /* header fields are small: they are written together */
-    PATH_LONGEST = 4096
+    PATH_LONGEST = 4096,
+    LARGE_KEPT = 8 /* buffers of the spool size that are kept for the next large message */
 };
+
+/* ---- Large buffers, kept for the next large message ---------------------------------------- */
+
+/*
+ * A megabyte of fresh memory costs more than the copy into it: the kernel hands it
+ * over page by page, and malloc gives it back at once. All of the same size, since
+ * it is the run's spool size. Under the lock.
+ */
+static pthread_mutex_t large_lock = PTHREAD_MUTEX_INITIALIZER;
+static char *large[LARGE_KEPT];
+static size_t large_count, large_size;
+
+/* Any thread. NULL: out of memory. */
+static char *take_large(size_t size)
+{
+    char *bytes = NULL;
+
+    pthread_mutex_lock(&large_lock);
+    if (large_count > 0 && large_size == size)
+        bytes = large[--large_count];
+    pthread_mutex_unlock(&large_lock);
+    return bytes != NULL ? bytes : malloc(size);
+}
+
+/* Any thread; the caller's no more. */
+static void give_large_back(char *bytes, size_t size)
+{
+    pthread_mutex_lock(&large_lock);
+    if (large_size != size)
+        while (large_count > 0)
+            free(large[--large_count]);
+    large_size = size;
+    if (large_count < LARGE_KEPT) {
+        large[large_count++] = bytes;
+        bytes = NULL;
+    }
+    pthread_mutex_unlock(&large_lock);
+    free(bytes);
+}
+
+/* ---- Buffers ------------------------------------------------------------------------------- */
 
 /* Makes room for `size` bytes more. False: out of memory, nothing has changed. */
 static bool reserve(struct buffer *buffer, size_t size, size_t first)
@@ -104,6 +149,16 @@ static int write_all(int file, const char *bytes, size_t size)
     return 0;
 }
 
+static void free_memory(struct content *content)
+{
+    if (content->large)
+        give_large_back(content->memory.bytes, content->memory.capacity);
+    else
+        free(content->memory.bytes);
+    content->memory = (struct buffer){NULL, 0, 0};
+    content->large = false;
+}
+
 /* Writes what is in memory to the file, and `bytes` after it. Returns an errno or 0. */
 static int spill(struct content *content, const void *bytes, size_t size, const char *directory)
 {
@@ -117,9 +172,30 @@ static int spill(struct content *content, const void *bytes, size_t size, const 
         error = write_all(content->file, bytes, size);
     content->in_file += content->memory.size + size;
     if (content->memory.capacity > FILE_BUFFER)
-        buffer_free(&content->memory);
+        free_memory(content);
     content->memory.size = 0;
     return error;
+}
+
+/* Room in memory for so many bytes more, which the limit allows. False: out of memory. */
+static bool reserve_memory(struct content *content, size_t size, const struct spool *spool)
+{
+    struct buffer *memory = &content->memory;
+
+    if (content->file >= 0 || memory->size + size <= LARGE || spool->size > LARGE_MOST)
+        return reserve(memory, size, CONTENT_FIRST);
+    if (!content->large) {
+        char *bytes = take_large(spool->size);
+        if (bytes == NULL)
+            return false;
+        if (memory->size > 0)
+            memcpy(bytes, memory->bytes, memory->size);
+        free(memory->bytes);
+        memory->bytes = bytes;
+        memory->capacity = spool->size;
+        content->large = true;
+    }
+    return true; /* it holds all that the limit allows */
 }
 
 /* Once something failed, this does nothing: the error stands for the whole content. */
@@ -131,7 +207,7 @@ void content_append(struct content *content, const void *bytes, size_t size, con
         return;
     if (size > limit || content->memory.size > limit - size)
         content->error = spill(content, bytes, size, spool->directory);
-    else if (reserve(&content->memory, size, CONTENT_FIRST))
+    else if (reserve_memory(content, size, spool))
         put(&content->memory, bytes, size);
     else
         content->error = ENOMEM;
@@ -148,7 +224,7 @@ void content_clear(struct content *content)
 {
     if (content->file >= 0)
         close(content->file);
-    buffer_free(&content->memory);
+    free_memory(content);
     content_init(content);
 }
 

@@ -3,9 +3,9 @@
  * A message as it is gathered: its header fields and its body, as one run of
  * bytes, in memory, and past a limit in a temporary file without a name.
  *
- * Nothing here knows libmilter, Python or threads: a content belongs to one
- * session, and only the thread that serves it changes it. Python reads it while
- * that thread waits for it.
+ * Nothing here knows libmilter or Python: a content belongs to one session, and
+ * only the thread that serves it changes it. Python reads it while that thread
+ * waits for it.
  */
 #ifndef MILTER_CONTENT_H
 #define MILTER_CONTENT_H
@@ -32,7 +32,8 @@ struct spool {
 struct content {
     struct buffer memory; /* what is not in the file */
     size_t in_file;
-    int file; /* or -1 */
+    bool large; /* the memory is one of those that are kept for the next large message */
+    int file;   /* or -1 */
     int error; /* an errno: something is missing, so all of it is worth nothing */
 };
 
