@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +26,9 @@ PATIENCE = 30.0  # seconds, for what takes a fraction of one
 
 
 class Play(Protocol):
-    def __call__(self, scenario: str, *arguments: str, filter_ends: int | None = None) -> None:
+    def __call__(
+        self, scenario: str, *arguments: str, filter_ends: int | None = None, within: Sequence[str] = ()
+    ) -> None:
         """Play `scenario`, and compare what the filter prints and logs with what it should.
 
         Arguments:
@@ -34,6 +37,7 @@ class Play(Protocol):
                 file of expectations for it, NAME.CASE.log beside NAME.log.
             filter_ends: the exit status of a filter that ends by itself; None for one that serves until
                 it is told to stop, and then ends with 0.
+            within: a command that becomes the filter, given as its last arguments.
         """
 
 
@@ -50,7 +54,7 @@ def require_miltertest() -> None:
 def play(tmp_path: Path) -> Play:
     require_miltertest()
 
-    def play(scenario: str, *arguments: str, filter_ends: int | None = None) -> None:
+    def play(scenario: str, *arguments: str, filter_ends: int | None = None, within: Sequence[str] = ()) -> None:
         case = arguments[0] if arguments else ""
         output = tmp_path / "stdout"
         log = tmp_path / "stderr"
@@ -60,7 +64,7 @@ def play(tmp_path: Path) -> Play:
             output.open("wb") as stdout,
             log.open("wb") as stderr,
             Wiretap(tmp_path, front, back),
-            _start(scenario, arguments, back, stdout.fileno(), stderr.fileno()) as process,
+            _start([*within, *_command(scenario)], arguments, back, stdout.fileno(), stderr.fileno()) as process,
         ):
             try:
                 script = _run_script(scenario, case, tmp_path, front)
@@ -79,8 +83,12 @@ def play(tmp_path: Path) -> Play:
     return play
 
 
+def _command(scenario: str) -> list[str]:
+    return [sys.executable, "-X", "dev", "-P", str(SCENARIOS / f"{scenario}.py")]
+
+
 def _start(
-    scenario: str, arguments: tuple[str, ...], path: Path, stdout: int, stderr: int
+    command: list[str], arguments: tuple[str, ...], path: Path, stdout: int, stderr: int
 ) -> "subprocess.Popen[bytes]":
     """The socket listens before the filter runs: miltertest can connect at once, and waits for its first answer."""
     with socket.socket(socket.AF_UNIX) as listener:
@@ -88,7 +96,7 @@ def _start(
         listener.listen()
         number = listener.fileno()
         return subprocess.Popen(
-            [sys.executable, "-X", "dev", "-P", SCENARIOS / f"{scenario}.py", f"fd:{number}", *arguments],
+            [*command, f"fd:{number}", *arguments],
             pass_fds=[number],
             stdin=subprocess.DEVNULL,
             stdout=stdout,

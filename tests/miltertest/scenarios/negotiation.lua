@@ -20,6 +20,11 @@ local OPTIONS = {
   -- libmilter would drop an end of header, or a header, that it does not expect after these.
   ["header"] = "NODATA NOBODY NOUNKNOWN " .. (ALL_SILENT:gsub("NR_HDR ", "")),
   ["unknown"] = "NOHDRS NOEOH NOBODY " .. (ALL_SILENT:gsub(" NR_UNKN", "")),
+  -- A message is wanted whole and exact, whatever its other handlers can do without.
+  ["message"] = "NODATA NOUNKNOWN " .. ALL_SILENT .. " HDR_LEADSPC",
+  ["message, observer"] = "NODATA NOUNKNOWN " .. ALL_SILENT .. " HDR_LEADSPC",
+  ["message, and others that reply"] = "NODATA NOUNKNOWN " .. (ALL_SILENT:gsub("NR_HDR ", ""):gsub("NR_BODY ", ""))
+    .. " HDR_LEADSPC",
 }
 
 local mta = connect()

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A filter that tells where the messages lie that it gets whole: in memory, or in a file.
+
+python spool.py SOCKET SPOOL_SIZE
+"""
+
+import os
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from milter import EomContext, Message, Milter
+
+socket, spool_size = sys.argv[1:]
+spool_directory = TemporaryDirectory()
+app = Milter("spool", spool_size=int(spool_size), spool_directory=spool_directory.name)
+
+
+def open_files() -> int:
+    links = [entry for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    return sum(os.readlink(link).startswith(spool_directory.name) for link in links)
+
+
+@app.on_message
+def look(ctx: EomContext, message: Message) -> None:
+    number, size = message.headers["X-Number"], message.size
+    files = open_files()
+    with message.open() as file:
+        content = file.read()
+    assert content == message.as_bytes()
+    whole = content == f"X-Number: {number}\r\n\r\n".encode().ljust(size, number.encode())
+    print(f"message {number}: {size} bytes,", "whole," if whole else "damaged,", f"in {files} files")
+    assert os.listdir(spool_directory.name) == []
+
+
+if __name__ == "__main__":
+    with spool_directory:
+        app.run(socket)
