@@ -217,8 +217,7 @@ class TestEditing:
         assert_delivered(delivery, edited)
         assert delivery.sender == "new@client.test"
         assert set(delivery.recipients) == {CARL, "dora@sink.test", "fred@sink.test"}
-        assert delivery.values("X-Top") == ["first"]
-        assert delivery.values("X-Twin") == ["the only one"]
+        assert {("X-Top", " first"), ("X-Twin", " the only one"), ("X-Scanned", " clean")} <= set(delivery.fields)
         assert delivery.body == b"prefixed\r\n" + (b"\r\n" + content).partition(b"\r\n\r\n")[2]
 
     def test_a_long_body_is_read_edited_and_delivered(self, editor: Editor) -> None:
@@ -335,10 +334,11 @@ class TestObserving:
         observing = run_filter(FILTERS / "observing.py", f"unix:{socket_dir}/filter")
         # A batch has room for 64 KiB: these come in several ones.
         names = [f"X-{number}" for number in range(90)]
-        content = "".join(f"{name}: {'x' * 1000}\n" for name in names) + "\n" + "0123456789abcde\n" * 10_000
+        content = "".join(f"{name}: {'x' * 1000}\n" for name in names) + "\n"
+        body = "".join(f"line {number:010}\r\n" for number in range(10_000))
 
         with session(postfix.milter_service(observing.socket)) as client:
-            answers = [client.send("first@client.test", [BOB, CARL], content)]
+            answers = [client.send("first@client.test", [BOB, CARL], content + body)]
             client.mail("given-up@client.test")
             client.rcpt(BOB)
             client.command("RSET")
@@ -357,9 +357,9 @@ class TestObserving:
             ["data"],
             *(["header", name] for name in names),
             ["eoh"],
-            ["body", 65535],
-            ["body", 65535],
-            ["body", 170_000 - 2 * 65535],
+            ["body", body[:65535]],
+            ["body", body[65535 : 2 * 65535]],
+            ["body", body[2 * 65535 :]],
             ["eom"],
             ["mail", "given-up@client.test"],
             ["rcpt", BOB],

@@ -29,7 +29,7 @@ for _, name in ipairs { "bob", "eve" } do
 end
 expect("CONTINUE", late:unknown("HELP"))
 expect("no reply", late:data())
-content(late, "hello", { "one", "three", ("x"):rep(5000) })
+content(late, "hello", { "one", "three", ("z"):rep(5000) })
 local early = greeted("early")
 mail(early, "early")
 content(early, "hello", { "x" })

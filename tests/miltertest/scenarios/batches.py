@@ -52,7 +52,7 @@ def eoh(ctx: Context) -> None:
 
 @app.on_body
 def body(ctx: Context, chunk: bytes) -> None:
-    note(ctx, "body", len(chunk), "bytes")
+    note(ctx, "body", len(chunk), "bytes:", chunk[:8].decode())
 
 
 @app.on_unknown

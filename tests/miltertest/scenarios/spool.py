@@ -4,6 +4,7 @@
 python spool.py SOCKET SPOOL_SIZE
 """
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -16,15 +17,19 @@ spool_directory = TemporaryDirectory()
 app = Milter("spool", spool_size=int(spool_size), spool_directory=spool_directory.name)
 
 
-def open_files() -> int:
-    links = [entry for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
-    return sum(os.readlink(link).startswith(spool_directory.name) for link in links)
+def spool_files() -> int:
+    """How many files of the directory are open; they have no names."""
+    targets = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another thread has closed it meanwhile
+            targets.append(os.readlink(link))
+    return sum(target.startswith(spool_directory.name) for target in targets)
 
 
 @app.on_message
 def look(ctx: EomContext, message: Message) -> None:
     number, size = message.headers["X-Number"], message.size
-    files = open_files()
+    files = spool_files()
     with message.open() as file:
         content = file.read()
     assert content == message.as_bytes()

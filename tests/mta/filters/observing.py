@@ -3,7 +3,7 @@
 
     python tests/mta/filters/observing.py SOCKET
 
-A line is an object in JSON: a list of the stage and its arguments. A piece of the body is shown by its size.
+A line is an array in JSON: the stage and its arguments.
 """
 
 import json
@@ -18,7 +18,7 @@ app = Milter("observing")
 
 def observer(stage: str) -> Callable[..., None]:
     def observe(ctx: Context, *arguments: Any) -> None:
-        shown = [len(argument) if isinstance(argument, bytes) else str(argument) for argument in arguments]
+        shown = [argument.decode() if isinstance(argument, bytes) else str(argument) for argument in arguments]
         print(json.dumps([stage, *shown]), flush=True)
         if ctx.sender and ctx.sender.startswith(f"poison-{stage}@"):
             raise RuntimeError("poisoned")
