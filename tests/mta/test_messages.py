@@ -342,7 +342,7 @@ class TestObserving:
             client.mail("given-up@client.test")
             client.rcpt(BOB)
             client.command("RSET")
-            answers.append(client.send("second@client.test", BOB, "Subject: hello\n\n"))
+            answers.append(client.send("second@client.test", BOB, "Subject: hello\n\nHi\n"))
 
         assert [answer.code for answer in answers] == [250, 250]
         assert len(postfix.deliveries()) == 2
@@ -369,6 +369,7 @@ class TestObserving:
             ["data"],
             ["header", "Subject"],
             ["eoh"],
+            ["body", "Hi\r\n"],
             ["eom"],
             ["close"],
         ]
