@@ -270,7 +270,7 @@ def milter_python_enter(event: Any) -> int:
 
 def _leave_changes(event: Any, changes: Sequence[Change]) -> None:
     """Tell the shim what to send once Python is left; the format is told in shim/changes.c."""
-    packed = b"".join(map(_packed, changes))
+    packed = b"".join([_packed(change) for change in changes])
     if len(packed) > event.changes_capacity and not lib.milter_reserve_changes(event, len(packed)):
         raise MemoryError("no memory for the changes of a message")
     ffi.memmove(event.changes, packed, len(packed))
@@ -280,9 +280,10 @@ def _leave_changes(event: Any, changes: Sequence[Change]) -> None:
 def _packed(change: Change) -> bytes:
     if change.letter == "b":
         return b"b\0%d\0%b" % (len(change.arguments[0]), change.arguments[0])
-    if any(b"\0" in argument for argument in change.arguments):
+    fields = b"\0".join(change.arguments)
+    if fields.count(b"\0") != len(change.arguments) - 1:
         raise ValueError(f"{change!r} has a NUL, where it would begin another change")
-    return b"%b\0%b\0" % (change.letter.encode("ascii"), b"\0".join(change.arguments))
+    return b"%b\0%b\0" % (change.letter.encode("ascii"), fields)
 
 
 @ffi.def_extern(error=0, onerror=_crashed)

@@ -156,7 +156,8 @@ class Message(Editable):
     def as_bytes(self) -> bytes:
         """The message as the MTA sent it, byte for byte, before any edit: what a signature is checked against.
 
-        Two things the MTA itself does not tell: white space between a field's name and the colon, and whether
+        Three things the MTA itself does not tell: whether a message without a body ended with the empty line (here
+        it does), white space between a field's name and the colon, and whether
         a space followed the colon, where the MTA does not offer ``SMFIP_HDR_LEADSPC`` (all since Sendmail 8.14
         and Postfix 2.5 do). There one space is put.
         """
