@@ -41,6 +41,7 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 static _Thread_local int detached;
 
 int __real_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*start)(void *), void *argument);
+int __real_pthread_cond_signal(pthread_cond_t *condition);
 int __real_pthread_detach(pthread_t thread);
 
 /* By a thread whose task has ended. False: there are enough idle ones. */
@@ -99,7 +100,7 @@ static bool hand_over(pthread_t *thread, struct task task)
         idle_count--;
         *thread = taker->thread;
         taker->task = task;
-        pthread_cond_signal(&taker->wake);
+        __real_pthread_cond_signal(&taker->wake); /* io.c takes the other for libmilter's */
     }
     pthread_mutex_unlock(&lock);
     return taker != NULL;
