@@ -27,16 +27,21 @@ BUILDS = {
     "thread": (["-fsanitize=thread"], ["8", "4", "0", "1"]),
 }
 
+# What the program puts in the place of the shim's calls, so that they can fail.
+FAULTS = ("malloc", "realloc", "calloc", "free", "open", "write")
+
 
 def compiled(directory: Path, flags: list[str]) -> Path:
     program = directory / "stress"
-    sources = [HERE / "stress" / "stress.c", SHIM / "milter_shim.c", SHIM / "macro_guard.c", SHIM / "io.c"]
+    shim = ("milter_shim.c", "content.c", "changes.c", "macro_guard.c", "io.c")
+    sources = [HERE / "stress" / "stress.c", *(SHIM / name for name in shim)]
     command = [
         *shlex.split(os.environ.get("CC", "cc")),
         *["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"],
         *flags,
         *["-I", SHIM, *sources, "-o", program],
-        *["-Wl,--wrap=realloc,--wrap=calloc", *libmilter_flags()],
+        f"-Wl,{','.join(f'--wrap={name}' for name in FAULTS)}",
+        *libmilter_flags(),
     ]
     subprocess.run(list(map(str, command)), check=True)
     return program
@@ -52,7 +57,7 @@ def test_the_shim_keeps_its_invariants_under_stress(build: str, tmp_path: Path) 
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
     result = subprocess.run(
         [*fixed, str(program), SECONDS, *arguments],
-        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66"},
+        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "TSAN_OPTIONS": "exitcode=66"},
         capture_output=True,
         text=True,
         check=False,
