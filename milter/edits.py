@@ -19,6 +19,10 @@ Two things make header fields hard, both observed with Postfix 3.7 and Sendmail 
 - *Positions for inserting* count the MTA's own Received field as 0 in both, but Sendmail counts eight fields
   of its configuration, too, which it does not print: there the position below the first field of the message is
   9, not 2. Below its own Received, at 1, the two agree.
+
+What a milter cannot know: whether sendmail.cf was given other such fields than the usual eight, and whether an
+earlier milter deleted fields (Sendmail goes on counting them) or put some above Received. Then a field that is
+inserted in the middle may be some places off; changing, deleting and adding are not affected.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -185,7 +189,8 @@ class _HeaderChanges:
         for position, value in self._changed.items():
             if value == b"":
                 self._changed[position] = None
-                self._new.setdefault(position, []).append(NewField(position, self._names[position], b""))
+                name = self._names[position]
+                self._new.setdefault(position, []).append(NewField(position, name.lower(), name, b""))
 
     def _match_deleted_with_new(self) -> None:
         """A field deleted and made again in its place was changed there, or not at all.
@@ -193,14 +198,14 @@ class _HeaderChanges:
         Concerns each run of deleted fields with the new ones among them, from the field above the run (which
         stays) to the one below it.
         """
-        changed, new, values = dict(self._changed), dict(self._new), self._headers._received_values()
+        changed, new = dict(self._changed), dict(self._new)
         for start, end in _runs(position for position, value in self._changed.items() if value is None):
             made = [field for gap in range(start, end + 1) for field in new.pop(gap, ())]
             gap = start
             for position, field in self._alignment(range(start, end), made):
                 if position is not None and field is not None:
                     changed[position] = field.value
-                    if field.value == values[position]:
+                    if field.value == self._headers.raw[position][1]:
                         del changed[position]
                     gap = position + 1
                 elif field is not None:
@@ -237,18 +242,18 @@ class _HeaderChanges:
         """How many actions make the new field of the old one. 2 is deleting and inserting."""
         if self._names[position] != field.name:
             return 2
-        if self._headers._received_values()[position] == field.value:
+        if self._headers.raw[position][1] == field.value:
             return 0
         return 1 if self._prefix + field.value else 2
 
     def _from_the_bottom_up(self) -> list[Change]:
         end = len(self._names)
         result = [self._add(field) for field in self._new.get(end, ())]
-        if not self._changed and len(self._new) == bool(result):
-            return result
-        for position in sorted({*self._changed, *self._new}, reverse=True):
-            if position == end:
-                continue
+        if result and not self._changed and len(self._new) == 1:
+            return result  # what most filters do
+        places = {*self._changed, *self._new}
+        places.discard(end)
+        for position in sorted(places, reverse=True):
             if position in self._changed:
                 result.append(self._change(position, self._changed[position]))
             result += [self._insert(field, position) for field in reversed(self._new.get(position, ()))]

@@ -6,7 +6,7 @@ fields in the gaps between them. So a message that nobody edits costs nothing, o
 ``milter.edits`` finds what is to be sent without comparing anything.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, overload
 
 from milter import checks
@@ -23,10 +23,10 @@ class NewField:
 
     __slots__ = ("gap", "key", "name", "value")
 
-    def __init__(self, gap: int, name: bytes, value: bytes) -> None:
+    def __init__(self, gap: int, key: bytes, name: bytes, value: bytes) -> None:
         self.gap = gap
+        self.key = key  # the name in lower case
         self.name = name
-        self.key = name.lower()
         self.value = value
 
 
@@ -79,22 +79,20 @@ class Headers(Editable):
         "_places",
         "_prefix",
         "_raw",
-        "_values",
-        "_wire_values",
+        "_texts",
     )
 
-    def __init__(self, content: Content, prefix: bytes, *, frozen: bool) -> None:
+    def __init__(self, content: Content, prefix: bytes, frozen: bool) -> None:
         """By a Message. `prefix`: what is taken off each value."""
         self._frozen = frozen
         self._content = content
         self._prefix = prefix
-        # The fields as received, in parallel lists; never changed. Values without the prefix.
+        # The fields as received; never changed. Each is made of the one above it when it is first needed:
+        # names and values as they were gathered, one after the other; the names;
+        # their positions by name in lower case; names and values in pairs.
+        self._texts: list[bytes] | None = None
         self._names: list[bytes] | None = None
-        self._values: list[bytes] | None = None
-        self._wire_values: list[bytes] = []
-        # Made when needed: a name that was looked for and is none of theirs; their positions by name in
-        # lower case; names and values in pairs.
-        self._absent: bytes | None = None
+        self._absent: bytes | None = None  # a name that was looked for and is none of theirs
         self._places: dict[bytes, list[int]] | None = None
         self._raw: tuple[tuple[bytes, bytes], ...] | None = None
         # The edits: new values by position (None: deleted), and new fields by gap and by name, each in order.
@@ -113,7 +111,9 @@ class Headers(Editable):
         ((b'Subject', b'caf\\xc3\\xa9'),)
         """
         if self._raw is None:
-            self._raw = tuple(zip(self._received_names(), self._received_values(), strict=True))
+            prefix, texts = self._prefix, iter(self._received_texts())
+            # (Each name takes the value behind it; what is behind the last NUL has none.)
+            self._raw = tuple([(name, value.removeprefix(prefix)) for name, value in zip(texts, texts, strict=False)])
         return self._raw
 
     def __getitem__(self, name: str) -> str:
@@ -175,9 +175,10 @@ class Headers(Editable):
         is none, the field is added at the end.
         """
         self._require_open()
-        places = self._find(_key(name))
+        key = _key(name)
+        places = self._find(key)
         if not places:
-            self._append(checks.header_name(name), checks.header_value(value))
+            self._append(key, checks.header_name(name), checks.header_value(value))
             return
         self._assign(places[0], value)
         for place in places[1:]:
@@ -201,7 +202,7 @@ class Headers(Editable):
                 space after it, a bare CR and NUL are refused.
         """
         self._require_open()
-        self._append(checks.header_name(name), checks.header_value(value))
+        self._append(_key(name), checks.header_name(name), checks.header_value(value))
 
     def insert(self, index: int, name: str, value: str) -> None:
         """Insert a field above the one at `index`, counted from 0 in the fields as they are now.
@@ -213,7 +214,7 @@ class Headers(Editable):
         checks.index(index, lowest=0)
         encoded_name, encoded_value = checks.header_name(name), checks.header_value(value)
         gap, offset = self._gap_above(index)
-        field = NewField(gap, encoded_name, encoded_value)
+        field = NewField(gap, _key(name), encoded_name, encoded_value)
         self._new.setdefault(gap, []).insert(offset, field)
         if self._new_named.setdefault(field.key, [field]) != [field]:
             self._new_named[field.key] = [new for new in self._new_fields() if new.key == field.key]
@@ -245,19 +246,18 @@ class Headers(Editable):
 
     # ---- places: a received field is known by its position, a new one by itself
 
+    def _received_texts(self) -> list[bytes]:
+        if self._texts is None:
+            self._texts = self._content.read(0, self._content.header_size).split(b"\0")
+        return self._texts
+
     def _received_names(self) -> list[bytes]:
         if self._names is None:
-            texts = self._content.read(0, self._content.header_size).split(b"\0")
-            self._wire_values = texts[1::2]
-            self._names = texts[0:-1:2]
+            self._names = self._received_texts()[0:-1:2]
         return self._names
 
-    def _received_values(self) -> list[bytes]:
-        if self._values is None:
-            self._received_names()
-            prefix = self._prefix
-            self._values = [value.removeprefix(prefix) for value in self._wire_values] if prefix else self._wire_values
-        return self._values
+    def _received_value(self, position: int) -> bytes:
+        return self._received_texts()[2 * position + 1].removeprefix(self._prefix)
 
     def _positions(self) -> dict[bytes, list[int]]:
         """Where the received fields of each name are, in one pass for all look-ups."""
@@ -289,23 +289,21 @@ class Headers(Editable):
         if isinstance(place, NewField):
             return place.value
         value = self._changed.get(place)
-        return self._received_values()[place] if value is None else value
+        return self._received_value(place) if value is None else value
 
-    def _fields(self) -> Iterable[tuple[bytes, bytes]]:
+    def _fields(self) -> Sequence[tuple[bytes, bytes]]:
         """The fields that are there now, in order."""
-        names = self._received_names()
-        if not self._changed and not self._new:
-            return zip(names, self._received_values(), strict=True)
-        return list(self._edited_fields(names, self._received_values()))
+        return self.raw if not self._changed and not self._new else list(self._edited_fields())
 
-    def _edited_fields(self, names: list[bytes], values: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
-        for position in range(len(names) + 1):
+    def _edited_fields(self) -> Iterator[tuple[bytes, bytes]]:
+        for position, (name, value) in enumerate(self.raw):
             for field in self._new.get(position, ()):
                 yield field.name, field.value
-            if position < len(names):
-                value = self._changed.get(position, values[position])
-                if value is not None:
-                    yield names[position], value
+            now = self._changed.get(position, value)
+            if now is not None:
+                yield name, now
+        for field in self._new.get(len(self.raw), ()):
+            yield field.name, field.value
 
     def _new_fields(self) -> Iterator[NewField]:
         for gap in sorted(self._new):
@@ -326,16 +324,17 @@ class Headers(Editable):
                     return position + 1, 0
         return end, len(self._new.get(end, ()))
 
-    def _append(self, name: bytes, value: bytes) -> None:
-        field = NewField(len(self._received_names()), name, value)
-        self._new.setdefault(field.gap, []).append(field)
-        self._new_named.setdefault(field.key, []).append(field)
+    def _append(self, key: bytes, name: bytes, value: bytes) -> None:
+        end = len(self._received_names())
+        field = NewField(end, key, name, value)
+        self._new.setdefault(end, []).append(field)
+        self._new_named.setdefault(key, []).append(field)
 
     def _assign(self, place: Place, value: str) -> None:
         if isinstance(place, NewField):
             place.value = checks.header_value(value)
             return
-        received = self._received_values()[place]
+        received = self._received_value(place)
         if isinstance(value, str) and value.encode("utf-8", "surrogateescape") == received:
             encoded = received  # no check: it came from the MTA
         else:

@@ -121,7 +121,7 @@ class Message(Editable):
     def recipients(self) -> "Recipients":
         """The envelope recipients that were accepted, see :class:`Recipients`."""
         if self._recipients is None:
-            self._recipients = Recipients(self._envelope_recipients, frozen=self._frozen)
+            self._recipients = Recipients(self._envelope_recipients, self._frozen)
         return self._recipients
 
     # ---- the content
@@ -130,7 +130,7 @@ class Message(Editable):
     def headers(self) -> "Headers":
         """The header fields, see :class:`Headers`."""
         if self._headers is None:
-            self._headers = Headers(self._content, self._prefix, frozen=self._frozen)
+            self._headers = Headers(self._content, self._prefix, self._frozen)
         return self._headers
 
     @property
@@ -253,7 +253,7 @@ class Recipients(Editable, Sequence[Address]):
 
     __slots__ = ("_added", "_known", "_received", "_removed")
 
-    def __init__(self, received: Sequence[Address], *, frozen: bool) -> None:
+    def __init__(self, received: Sequence[Address], frozen: bool) -> None:
         """By a Message. No part of a message refers to it: a cycle would keep it in memory for a while."""
         self._frozen = frozen
         self._received = received

@@ -176,6 +176,19 @@ def test_sendmail_drops_an_inserted_return_path_postfix_does_not() -> None:
     assert layout(Sendmail(), event) == ["R", *ORIGINAL]
 
 
+@pytest.mark.parametrize("name", ["Return-Path", "bcc", "Full-Name", "Content-Length", "Resent-From", "resent-date"])
+def test_sendmail_does_not_deliver_some_fields_wherever_they_come_from(name: str) -> None:
+    message = Message((Header(f"{name}: 1"), Header("Resent-Other: 2")))
+    events = [InsertHeader(1, name, "v"), InsertHeader(100, name, "v")]
+    kept = [header.raw for header in Sendmail().deliver(ENVELOPE, message, events).without_trace().headers]
+    was_resent = name.lower().startswith("resent-")  # fields of the same kind may then be added
+    assert kept == (
+        [f"{name}: v", f"{name}: 1", "Resent-Other: 2", f"{name}: v"] if was_resent else ["Resent-Other: 2"]
+    )
+    assert "Resent-From" not in layout(Sendmail(), InsertHeader(1, "Resent-From", "v"))
+    assert len(Postfix().deliver(ENVELOPE, message, events).without_trace().headers) == 4
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_changed_field_stays_in_its_place_and_only_postfix_takes_the_new_spelling(index: int) -> None:
     event = ReplaceHeader(index, "SUBJECT", "new")

@@ -439,8 +439,8 @@ class Sendmail(MTA):
     - Numbers for changing count the fields of that name as they were, deleted ones included. Beyond
       the last, or for a new field, the place is above the first of that name, else the end.
     - A changed field keeps the spelling of its name.
-    - Some fields are never delivered, and those of a resent message (RFC 5322, section 3.6.6) only if the
-      client sent one of them.
+    - Some fields are never delivered, whoever made them, and those of a resent message (RFC 5322, section
+      3.6.6) only if the client sent one of them.
     """
 
     name = "Sendmail"
