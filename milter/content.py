@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What was gathered of a message while it arrived, and a file over it.
+"""What was gathered of a message while it arrived, until when it may be edited, and a file over it.
 
 The content itself belongs to the shim: memory of which nobody in Python owns a byte, or a spool file. It is gone
 when the handler has returned. Whoever reads of it gets a copy.
@@ -49,9 +49,7 @@ class Editable:
     """What a handler may change until it returns. An edit that nobody sends must not look like one."""
 
     __slots__ = ("_frozen",)
-
-    def __init__(self) -> None:
-        self._frozen = False
+    _frozen: bool
 
     def _require_open(self) -> None:
         if self._frozen:
@@ -66,7 +64,8 @@ class MemoryContent:
 
     The values are what follows the colon, with its space:
 
-    >>> from milter.message import Address, Message
+    >>> from milter.envelope import Address
+    >>> from milter.message import Message
     >>> content = MemoryContent([(b"Subject", b" hello")], b"Hi.\\r\\n")
     >>> message = Message(content, Address("ann@client.example"), [Address("bob@mta.example")])
     >>> message.headers["Subject"], message.body

@@ -90,7 +90,7 @@ class Message(Editable):
         self._wire_space = wire_space
         # What is taken off a value before it is shown, and put before it when it is sent.
         self._prefix = b" " if wire_space and not leading_space else b""
-        self._frozen = False  # (Editable's; a call would cost more than all the rest)
+        self._frozen = False
         self._head: bytes | None = None
         self._headers: Headers | None = None
         self._body: bytes | None = None
