@@ -274,6 +274,9 @@ class Engine:
 
     def _event(self, step: _Step, arguments: tuple[Any, ...], connection: _Connection, call: Call) -> Decision:
         decision: Decision = Status.CONTINUE
+        if connection.transaction is None and step.stage in _WITHIN_A_MESSAGE:
+            # Its end was decided here, and failed on the way; the shim goes on, and fails it at the end.
+            return decision if step.silent else Status.TEMPFAIL
         if not step.silent and connection.failure is not None:
             decision = _fitting(connection.failure, step.stage)
         elif step.handlers:
@@ -430,6 +433,7 @@ class Engine:
 
 _ACCEPTING = (Status.CONTINUE, Status.ACCEPT)
 _WITHOUT_REPLY = (Stage.NEGOTIATE, Stage.ABORT, Stage.CLOSE)
+_WITHIN_A_MESSAGE = frozenset((Stage.RCPT, Stage.DATA, Stage.HEADER, Stage.EOH, Stage.BODY, Stage.EOM))
 _DECIDING = (Stage.MAIL, Stage.RCPT, Stage.DATA, Stage.HEADER, Stage.EOH, Stage.BODY)
 
 

@@ -44,12 +44,24 @@ class Message(Editable):
 
     Text is decoded as UTF-8 with ``surrogateescape``: nothing is lost, nothing raises.
 
-    >>> from milter import EomContext
-    >>> def tag(ctx: EomContext, message: Message) -> None:
+    >>> from milter import EomContext, Status
+    >>> def tag(ctx: EomContext, message: Message) -> Status:
     ...     if "list@mta.example" in message.recipients:
     ...         message.headers["Subject"] = f"[list] {message.headers.get('Subject', '')}"
     ...         message.headers.add("List-Id", "<list.mta.example>")
     ...         message.sender = "list-bounces@mta.example"
+    ...     return Status.CONTINUE
+
+    To try it without an MTA:
+
+    >>> content = MemoryContent([(b"Subject", b" hello")], b"Hi.\\r\\n")
+    >>> message = Message(content, Address("ann@client.example"), [Address("list@mta.example")])
+    >>> tag(None, message)
+    <Status.CONTINUE: 0>
+    >>> message.headers
+    Headers([('Subject', '[list] hello'), ('List-Id', '<list.mta.example>')])
+    >>> message.as_bytes()
+    b'Subject: hello\\r\\n\\r\\nHi.\\r\\n'
     """
 
     __slots__ = (
@@ -156,10 +168,10 @@ class Message(Editable):
     def as_bytes(self) -> bytes:
         """The message as the MTA sent it, byte for byte, before any edit: what a signature is checked against.
 
-        Three things the MTA itself does not tell: whether a message without a body ended with the empty line (here
-        it does), white space between a field's name and the colon, and whether
-        a space followed the colon, where the MTA does not offer ``SMFIP_HDR_LEADSPC`` (all since Sendmail 8.14
-        and Postfix 2.5 do). There one space is put.
+        Three things the MTA itself does not tell: whether a message without a body ended with the empty line
+        (here it does); white space between a field's name and the colon; and whether a space followed the
+        colon, where the MTA does not offer ``SMFIP_HDR_LEADSPC`` (Sendmail since 8.14 and Postfix since 2.6 do,
+        unless they are told to speak an older version of the protocol). There one is put.
         """
         return self._received_head() + self._received_body()
 
@@ -220,10 +232,9 @@ class Message(Editable):
             return False
         if self._body is not None:
             return body == self._body
-        view = memoryview(body)
         return all(
             self._content.read(start + offset, min(_COMPARED_AT_ONCE, len(body) - offset))
-            == view[offset : offset + _COMPARED_AT_ONCE]
+            == body[offset : offset + _COMPARED_AT_ONCE]
             for offset in range(0, len(body), _COMPARED_AT_ONCE)
         )
 
@@ -242,7 +253,7 @@ class Recipients(Editable, Sequence[Address]):
     """The envelope recipients of a message: a sequence of :class:`Address <milter.Address>`, to read and to edit.
 
     Addresses are compared exactly, with or without angle brackets, upper and lower case apart: so do both
-    MTAs when they remove one. Iteration goes over a copy: a loop may edit.
+    MTAs when they remove one. A loop over them may edit: it goes through those that were there when it began.
 
     >>> message = Message(MemoryContent([]), Address(""), [Address("bob@mta.example"), Address("eve@mta.example")])
     >>> message.recipients.add("<archive@mta.example>", "NOTIFY=NEVER")

@@ -894,7 +894,8 @@ static sfsistat on_close(SMFICTX *ctx)
             session->lost = false;
         }
         log_text(session, "Q");
-        session->known = enter_python(session, MILTER_CLOSE, NULL, 0) == 0; /* objects are left, if it failed */
+        if (enter_python(session, MILTER_CLOSE, NULL, 0) != 0)
+            session->known = false; /* else its objects are left */
     }
     release(session);
     return SMFIS_CONTINUE;
