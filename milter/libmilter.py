@@ -104,7 +104,6 @@ class Libmilter:
             self._asleep_at = [unreachable, *([listener.dup()] if listener is not None else [])]
 
     def _start(self, listener: socket.socket, name: str, timeout: int, debug: int, max_data_size: int) -> None:
-        self._take_log()
         lib.milter_register(name.encode("utf-8", "surrogateescape"))
         lib.smfi_settimeout(timeout)
         lib.smfi_setdbg(debug)
@@ -115,9 +114,9 @@ class Libmilter:
                 if lib.smfi_opensocket(False) == 0:
                     break
             else:
-                self.drain_log()
-                raise MilterError(f"libmilter could not open a socket; {self.where_it_logs} tells why")
+                raise MilterError("libmilter could not open a socket; the system's log (facility mail) tells why")
             self._descriptor = placeholder.find()
+        self._take_log()  # not before: that a port was in use is nobody's concern
         self._put(listener)
         self.ended, self._end = os.pipe()
         error = lib.milter_serve(self._end)

@@ -40,12 +40,14 @@ class LogPipe:
         """Wait until all lines that are in the pipe now are logged."""
         logged = threading.Event()
         self._drained.append(logged)
+        writable = select.poll()
+        writable.register(self.writer, select.POLLOUT)
         while True:
             try:
                 os.write(self.writer, b"\n")  # libmilter's lines are not empty
                 break
             except BlockingIOError:
-                select.select([], [self.writer], [])
+                writable.poll()
         logged.wait(_PATIENCE)
 
     def _read(self) -> None:

@@ -43,11 +43,14 @@ class Bell:
 
     def wait(self, other: int) -> bool:
         """Wait until it rings (True), or the descriptor `other` can be read."""
+        poll = select.poll()  # select() knows no descriptors from 1024 on
+        poll.register(self._reader, select.POLLIN)
+        poll.register(other, select.POLLIN)
         while True:
-            ready, _, _ = select.select([self._reader, other], [], [])
+            ready = poll.poll()
             if self.rings():
                 return True
-            if other in ready:
+            if any(descriptor == other for descriptor, _ in ready):
                 return False
 
     def rings(self) -> bool:

@@ -92,9 +92,10 @@ class FilterProcess:
     Arguments:
         arguments: what follows `python` on the command line; relative paths count from the repository.
         umask: of the process, which decides who may connect to its Unix socket; -1 leaves it as it is here.
+        library: the directory of the package `milter`; None for the one that is imported here.
     """
 
-    def __init__(self, *arguments: str | Path, umask: int = -1) -> None:
+    def __init__(self, *arguments: str | Path, umask: int = -1, library: Path | None = None) -> None:
         self._command = [sys.executable, *map(str, arguments)]
         self._waited_for = False
         log, log_writer = os.pipe()
@@ -102,7 +103,7 @@ class FilterProcess:
             self._process = subprocess.Popen(
                 self._command,
                 cwd=REPOSITORY,
-                env=_environment(log_writer),
+                env=_environment(log_writer, library),
                 pass_fds=[log_writer],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -180,7 +181,7 @@ class FilterProcess:
 
 
 @contextlib.contextmanager
-def running_filters(umask: int = -1) -> Iterator[RunFilter]:
+def running_filters(umask: int = -1, library: Path | None = None) -> Iterator[RunFilter]:
     """A function that starts filters and waits until they listen. At the end those left are stopped, in turn.
 
     A test that fails shows what its filters said.
@@ -189,7 +190,7 @@ def running_filters(umask: int = -1) -> Iterator[RunFilter]:
     with contextlib.ExitStack() as stack:
 
         def run_filter(*arguments: str | Path) -> FilterProcess:
-            process = stack.enter_context(FilterProcess(*arguments, umask=umask))
+            process = stack.enter_context(FilterProcess(*arguments, umask=umask, library=library))
             processes.append(process)
             assert process.socket
             return process
@@ -199,8 +200,11 @@ def running_filters(umask: int = -1) -> Iterator[RunFilter]:
         sys.stdout.write(str(process))
 
 
-def _environment(log_writer: int) -> dict[str, str]:
-    # The same library that is imported here, installed or not.
-    library = Path(milter.__file__).parent.parent
-    paths = [str(_SITE), str(library), *filter(None, [os.environ.get("PYTHONPATH")])]
+def _environment(log_writer: int, library: Path | None) -> dict[str, str]:
+    # By default the same library that is imported here, installed or not.
+    paths = [
+        str(_SITE),
+        str(library or Path(milter.__file__).parent.parent),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "MILTER_TEST_LOG": str(log_writer)}
