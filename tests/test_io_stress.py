@@ -70,7 +70,7 @@ def archive() -> Archive:
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_every_byte_arrives_whatever_the_system_calls_do(sanitizer: str, archive: Archive, tmp_path: Path) -> None:
     flags = SANITIZERS[sanitizer]
-    injected = [f"-Wl,--wrap={name}" for name in ("malloc", "calloc", "sendmsg", "recvmsg")]
+    injected = [f"-Wl,--wrap={name}" for name in ("malloc", "calloc", "sendmsg", "recvmsg", "vsyslog")]
     program = compiled(tmp_path, flags, [HERE / "stress" / "io_stress.c"], WRAPPERS, *injected)
     run(program, flags, "8", "1")
     with_faults = "1"

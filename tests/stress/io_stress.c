@@ -23,6 +23,7 @@
  *   C  answers come in order, with progress only where it was asked for, and each byte is what it must be
  *   C  an answer comes although nothing more is sent, and before a progress packet's work is done (else: a hang)
  *   E  each session ended, the queue is empty, and no block is lost
+ *   E  a line for the log goes to the pipe in one piece, or to the system's log if the pipe is full
  *
  * Clients also stop in the middle of a packet, vanish, and read late.
  */
@@ -597,6 +598,71 @@ static void *be_client(void *unused)
     return unused;
 }
 
+/* ---- The log -------------------------------------------------------------------------------- */
+
+static unsigned system_log; /* lines that went there */
+
+void __wrap_vsyslog(int priority, const char *format, va_list arguments)
+{
+    char text[2 * PIPE_BUF];
+
+    vsnprintf(text, sizeof text, format, arguments);
+    if (priority != LOG_ERR || strspn(text, "x") != strlen(text))
+        violation("to the system's log: %d %.20s", priority, text);
+    system_log++;
+}
+
+/* A line of so many letters, as libmilter writes it. */
+static void log_letters(int size)
+{
+    char letters[2 * PIPE_BUF];
+
+    memset(letters, 'x', (size_t)size);
+    letters[size] = '\0';
+    errno = EBADMSG;
+    syslog(LOG_ERR, "%s", letters);
+    if (errno != EBADMSG)
+        violation("errno is %d after a log line", errno);
+}
+
+static void expect_line(int fd, const char *begin, size_t size)
+{
+    char line[2 * PIPE_BUF];
+    const ssize_t got = __real_read(fd, line, sizeof line);
+
+    if (got != (ssize_t)size || strncmp(line, begin, strlen(begin)) != 0 || line[got - 1] != '\n' ||
+        memchr(line, '\n', (size_t)got) != line + got - 1)
+        violation("a line of %zd bytes, not %zu: %.20s", got, size, line);
+}
+
+static void check_log(void)
+{
+    int ends[2];
+
+    log_letters(5);
+    if (system_log != 1 || pipe(ends) != 0 || fcntl(ends[1], F_SETFL, O_NONBLOCK) != 0)
+        violation("a line without a pipe goes to the system's log");
+    if (milter_io_log_to(ends[1]) != -1)
+        violation("there was a pipe before");
+    syslog(LOG_WARNING, "one\ntwo %d", 3);
+    expect_line(ends[0], "<4>one two 3\n", 13);
+    log_letters(3 * PIPE_BUF / 2);
+    expect_line(ends[0], "<3>xxx", PIPE_BUF);
+    for (int i = 0; i < 1000 && system_log == 1; i++)
+        log_letters(1000);
+    if (system_log != 2)
+        violation("a line that the pipe does not take goes to the system's log");
+    char lines[2 * PIPE_BUF];
+    if (__real_read(ends[0], lines, sizeof lines) != sizeof lines)
+        violation("the pipe is full of lines");
+    log_letters(1000);
+    if (milter_io_log_to(-1) != ends[1] || system_log != 2)
+        violation("the pipe has room again");
+    log_letters(7);
+    if (system_log != 3)
+        violation("the pipe was given up");
+}
+
 /* Signals without SA_RESTART, to whichever thread, so that polls are interrupted. */
 static void interrupted(int number)
 {
@@ -619,6 +685,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "the linker did not redirect all of: %s\n", milter_io_symbols());
         return 1;
     }
+    check_log();
     snprintf(path, sizeof path, "/tmp/io-stress.%d", (int)getpid());
     memcpy(address.sun_path, path, sizeof path);
     listener = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0);
