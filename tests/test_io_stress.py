@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""shim/io.c under stress, plain and with sanitizers: on a stand-in for libmilter, and on the real one.
+"""shim/io.c and threads.c under stress, plain and with sanitizers, on a stand-in for libmilter.
 
-The stand-in (stress/io_stress.c) counts every byte, and its system calls fail and are interrupted. The real
-one is the static library, with the shim and the conversations of stress/stress.c: there the thread sanitizer
-sees how libmilter itself hands over sessions. ``MILTER_STRESS`` sets the seconds of each run.
+The stand-in (stress/io/io_stress.c) counts every byte, and its system calls fail and are interrupted.
+``MILTER_STRESS`` sets the seconds of each run.
 """
 
 import os
@@ -71,17 +70,8 @@ def archive() -> Archive:
 def test_every_byte_arrives_whatever_the_system_calls_do(sanitizer: str, archive: Archive, tmp_path: Path) -> None:
     flags = SANITIZERS[sanitizer]
     injected = [f"-Wl,--wrap={name}" for name in ("malloc", "calloc", "sendmsg", "recvmsg", "vsyslog")]
-    program = compiled(tmp_path, flags, [HERE / "stress" / "io_stress.c"], WRAPPERS, *injected)
+    sources = [HERE / "stress" / "io" / "io_stress.c", SHIM / "threads.c"]
+    program = compiled(tmp_path, flags, sources, WRAPPERS, *injected)
     run(program, flags, "8", "1")
     with_faults = "1"
     run(program, flags, "8", "2", with_faults)
-
-
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_libmilter_keeps_the_invariants_of_the_redirection(sanitizer: str, archive: Archive, tmp_path: Path) -> None:
-    flags = SANITIZERS[sanitizer]
-    sources = [HERE / "stress" / "stress.c", *(SHIM / name for name in ("milter_shim.c", "macro_guard.c", "io.c"))]
-    injected = [f"-Wl,--wrap={name}" for name in ("realloc", "calloc")]
-    others = [flag for flag in libmilter_flags() if flag != "-lmilter"]
-    program = compiled(tmp_path, flags, sources, archive.symbols, str(archive.path), *injected, *others)
-    run(program, flags, "8", "5", "0", "1")

@@ -28,7 +28,9 @@
  * Clients also stop in the middle of a packet, vanish, and read late.
  */
 #define _GNU_SOURCE
-#include "../../milter/shim/io.c"
+#include "../../../milter/shim/io.c"
+
+int __real_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*start)(void *), void *argument);
 
 #include <fcntl.h>
 #include <signal.h>
@@ -103,8 +105,11 @@ ssize_t __wrap_sendmsg(int fd, const struct msghdr *message, int flags)
         errno = EINTR;
         return -1;
     }
-    if (fault()) { /* a byte less than the first part, or one */
-        struct iovec part = message->msg_iov[0];
+    size_t first = 0; /* what was sent already leaves an empty part */
+    while (first < message->msg_iovlen && message->msg_iov[first].iov_len == 0)
+        first++;
+    if (first < message->msg_iovlen && fault()) { /* a byte less than the first part, or one */
+        struct iovec part = message->msg_iov[first];
         part.iov_len = part.iov_len > 1 ? part.iov_len - 1 : 1;
         const struct msghdr less = {.msg_iov = &part, .msg_iovlen = 1};
         return __real_sendmsg(fd, &less, flags);
