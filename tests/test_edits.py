@@ -412,6 +412,13 @@ def test_a_field_deleted_and_made_again_in_its_place_is_changed() -> None:
     assert both(message) == ([Change("m", (b"2", b"X-Dup", b"")), Change("m", (b"1", b"X-Dup", b" new"))],) * 2
 
 
+def test_of_the_deleted_fields_the_one_that_is_the_same_is_found_again() -> None:
+    message = message_of("X-Dup: 1", "X-Dup: 2", "X-Dup: 3")
+    del message.headers["X-Dup"]
+    message.headers.add("X-Dup", "3")
+    assert both(message) == ([Change("m", (b"2", b"X-Dup", b"")), Change("m", (b"1", b"X-Dup", b""))],) * 2
+
+
 def test_a_field_of_another_spelling_is_another_field() -> None:
     message = message_of("Subject: s")
     del message.headers["Subject"]
