@@ -402,6 +402,18 @@ static bool flush(struct connection *connection, int fd)
     return connection->error == 0;
 }
 
+/* By whoever closes the session, without waiting: libmilter holds its lock then. */
+static void flush_what_goes(struct connection *connection, int fd)
+{
+    size_t left = 0;
+
+    while (connection->error == 0 && gathered(connection) > 0) {
+        if (send_now(connection, fd, NULL, 0) < 0 && errno != EINTR && gathered(connection) == left)
+            break;
+        left = gathered(connection);
+    }
+}
+
 /* libmilter is about to write a packet; small ones are gathered without asking the system. */
 static int await_output(struct connection *connection, struct pollfd *fds, int timeout)
 {
@@ -652,8 +664,7 @@ WRAP int __wrap_close(int fd)
     struct connection *connection = connection_of(fd);
 
     if (connection != NULL) {
-        if (connection->error == 0 && gathered(connection) > 0)
-            (void)send_now(connection, fd, NULL, 0); /* without waiting: libmilter holds its lock here */
+        flush_what_goes(connection, fd);
         leave_queue(connection);
         give_block_back(connection);
         atomic_store(&connection->open, false);

@@ -2,7 +2,8 @@
 """A filter that prints every call it gets, for comparisons: SOCKET replying|silent [NAME=NUMBER ...].
 
 ``silent`` observes all stages but the end of message. Header fields tell it what to do there: ``X-Body: N``
-replaces the body with N bytes, ``X-Meet: N`` waits until N messages are at their end at the same time.
+replaces the body with N bytes, ``X-Meet: N`` waits until N messages are at their end at the same time,
+``X-Line: N`` prints N, waits for a line on standard input, and sends progress.
 ``descriptors=N`` opens N descriptors first; all other numbers are options of run().
 
 Each line ends in a semicolon; that of a session's end tells how many have ended. SIGUSR1 does nothing, but
@@ -82,6 +83,10 @@ def eom(ctx: EomContext) -> Status:
             ctx.replace_body(b"x" * wanted["body"])
         if "meet" in wanted:
             meet(wanted["meet"])
+        if "line" in wanted:
+            record("waiting", wanted["line"])
+            sys.stdin.readline()
+            ctx.signal_progress()
         ctx.add_header("X-Done", "yes")
     except ActionError:
         record("failed")

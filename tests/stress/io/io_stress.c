@@ -15,6 +15,7 @@
  *   kind     r answer, n no answer, p answer while another thread sends progress, q the end
  *   size     32 bits, of the answer's filling
  *   number   32 bits, of the packet in its connection
+ *   place    16 bits, in a table where the client notes what it has read
  *   filling  bytes that follow from the number
  *
  * What is checked, by the stand-in (S), by the clients (C) and at the end (E):
@@ -36,11 +37,14 @@ int __real_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, v
 #include <signal.h>
 #include <sys/un.h>
 
-enum { WORKERS = 3, MOST_WORKERS = 64, CONNECTIONS = 512, LARGE = 150000, PATIENCE_MS = 60000, HEAD = 9, AGAIN = -2 };
+enum { WORKERS = 3, MOST_WORKERS = 64, CONNECTIONS = 512, LARGE = 150000, PATIENCE_MS = 60000, HEAD = 11 };
+enum { PLACES = 1 << 16, GONE = UINT_MAX };
 
 static atomic_bool stop_clients, stop_all;
 static atomic_uint violations, open_sessions;
 static atomic_ulong packets, answers, sessions_served, vanished, faults_made;
+static atomic_uint progress_read[PLACES]; /* by place: 1 + the number of the packet, once its progress has come */
+static atomic_uint places;
 static bool with_faults;
 static char path[64];
 
@@ -146,6 +150,12 @@ static pthread_cond_t work = PTHREAD_COND_INITIALIZER;
 static struct session sessions[CONNECTIONS];
 static int workers_idle, workers_all, wake_pipe[2];
 
+static void put16(unsigned char *where, unsigned value)
+{
+    where[0] = (unsigned char)(value >> 8);
+    where[1] = (unsigned char)value;
+}
+
 static void put32(unsigned char *where, uint32_t value)
 {
     for (int i = 0; i < 4; i++)
@@ -209,6 +219,7 @@ static int answer(int fd, char kind, uint32_t number, uint32_t size)
     head[4] = (unsigned char)kind;
     put32(head + 5, size);
     put32(head + 9, number);
+    put16(head + 13, 0);
     for (uint32_t i = 0; i < size; i++)
         body[i] = filling(number, i);
     const int written = write_all(fd, head, sizeof head, body, size);
@@ -233,7 +244,19 @@ static void *send_progress(void *argument)
     return NULL;
 }
 
-static int answer_with_progress(int fd, uint32_t number, uint32_t size)
+/* The handler goes on once the client has read what was sent until now, or is gone. */
+static void wait_for_client(uint32_t number, unsigned place)
+{
+    for (int i = 0; i < PATIENCE_MS; i++) {
+        const unsigned read = atomic_load(&progress_read[place]);
+        if (read == GONE || read > number)
+            return;
+        usleep(1000);
+    }
+    violation("progress does not arrive");
+}
+
+static int answer_with_progress(int fd, uint32_t number, uint32_t size, unsigned place)
 {
     struct progress progress = {PTHREAD_MUTEX_INITIALIZER, fd, 0, number};
     pthread_t thread;
@@ -245,6 +268,8 @@ static int answer_with_progress(int fd, uint32_t number, uint32_t size)
     const int written = answer(fd, 'Q', number, 0); /* an action of the handler itself */
     pthread_mutex_unlock(&progress.lock);
     pthread_join(thread, NULL);
+    milter_io_flush(fd); /* as before the next entry into Python */
+    wait_for_client(number, place);
     return written && !progress.failed && answer(fd, 'A', number, size);
 }
 
@@ -283,7 +308,7 @@ static int serve_packet(struct session *session)
     case 'r':
         return answer(session->fd, 'A', number, wanted);
     case 'p':
-        return answer_with_progress(session->fd, number, wanted);
+        return answer_with_progress(session->fd, number, wanted, (unsigned)head[13] << 8 | head[14]);
     case 'n':
         return 1;
     case 'q':
@@ -349,7 +374,7 @@ static void *work_on(void *argument)
         }
         pthread_mutex_unlock(&lock);
         const bool waits = serve(session);
-        if (!waits)
+        if (!waits && chance(2) == 0)
             milter_io_flush(session->fd); /* as the shim does when a session ends */
         pthread_mutex_lock(&lock);
         if (waits) {
@@ -455,6 +480,7 @@ static void *listen_for(void *argument)
 
 struct client {
     int fd;
+    unsigned place;
     uint32_t sent;                /* packets */
     uint32_t owed[4096][2];       /* number and size of the answers that must come; a ring */
     unsigned char progress[4096]; /* of each: progress was asked for */
@@ -480,6 +506,7 @@ static void make_packet(struct client *client, unsigned char *packet, char kind,
     packet[4] = (unsigned char)kind;
     put32(packet + 5, wanted);
     put32(packet + 9, client->sent);
+    put16(packet + 13, client->place);
     for (uint32_t i = 0; i < size; i++)
         packet[4 + HEAD + i] = filling(client->sent, i);
     if (kind == 'r' || kind == 'p') {
@@ -520,7 +547,8 @@ static bool get_answer(struct client *client, unsigned char *body)
         if (!get_bytes(client, head, sizeof head))
             return false;
         if (progress && (head[4] == 'P' || head[4] == 'Q') && get32(head) == HEAD && get32(head + 9) == number) {
-            asides++;
+            if (++asides == 2)
+                atomic_store(&progress_read[client->place], number + 1);
             continue;
         }
         if (head[4] != 'A' || get32(head) != HEAD + size || get32(head + 9) != number) {
@@ -541,7 +569,7 @@ static bool get_answer(struct client *client, unsigned char *body)
     }
 }
 
-/* Some packets in one piece; then, mostly, their answers. False: the connection is over. */
+/* Some packets in one piece, perhaps the last one; then their answers. False: the connection is over. */
 static bool converse(struct client *client, unsigned char *room, unsigned char *body)
 {
     static const uint32_t sizes[] = {0, 0, 1, 20, 60, 100, 4000, 16384 - 13, 16384, 65535, LARGE};
@@ -554,8 +582,15 @@ static bool converse(struct client *client, unsigned char *room, unsigned char *
         const uint32_t wanted = burst > 4 ? chance(40) : sizes[chance(chance(8) == 0 ? 11 : 5)];
         if (size + filled + 4 + HEAD > 2 * LARGE)
             break;
-        make_packet(client, room + size, "rnnp"[chance(burst > 4 ? 3 : 4)], filled, burst > 1 ? wanted % 4000 : wanted);
+        /* Progress is waited for, and so the last thing: the client reads only when all is sent. */
+        const char kind = i == burst - 1 && chance(4) == 0 ? 'p' : "rnn"[chance(3)];
+        make_packet(client, room + size, kind, filled, burst > 1 ? wanted % 4000 : wanted);
         size += 4 + HEAD + filled;
+    }
+    const bool last = chance(20) == 0;
+    if (last) {
+        make_packet(client, room + size, 'q', 0, 0);
+        size += 4 + HEAD;
     }
     if (chance(200) == 0) { /* gone in the middle of it */
         put_bytes(client, room, chance((unsigned)size));
@@ -571,12 +606,7 @@ static bool converse(struct client *client, unsigned char *room, unsigned char *
     while (client->first != client->last)
         if (!get_answer(client, body))
             return false;
-    if (chance(30) == 0) {
-        make_packet(client, room, 'q', 0, 0);
-        put_bytes(client, room, 4 + HEAD);
-        return false;
-    }
-    return true;
+    return !last;
 }
 
 static void *be_client(void *unused)
@@ -588,6 +618,8 @@ static void *be_client(void *unused)
         struct sockaddr_un address = {.sun_family = AF_UNIX};
         memcpy(address.sun_path, path, sizeof path);
         memset(client, 0, sizeof *client);
+        client->place = atomic_fetch_add(&places, 1) % PLACES;
+        atomic_store(&progress_read[client->place], 0);
         client->fd = socket(AF_UNIX, SOCK_STREAM, 0);
         if (client->fd < 0 || connect(client->fd, (struct sockaddr *)&address, sizeof address) != 0) {
             violation("no connection: %s", strerror(errno));
@@ -596,6 +628,7 @@ static void *be_client(void *unused)
         while (converse(client, room, body) && !atomic_load(&stop_clients))
             continue;
         __real_close(client->fd);
+        atomic_store(&progress_read[client->place], GONE);
     }
     free(client);
     free(body);
