@@ -514,7 +514,7 @@ def test_two_thousand_connections_at_once(staged: Staged, links: list[str]) -> N
             connection.send(OFFER.encode())
         for connection in connections:
             connection.hear(1)
-        assert (resident(stage.process.pid) - before) / MANY <= 25 * 1024, "bytes of an idle connection"
+        assert (resident(stage.process.pid) - before) / MANY <= 6 * 1024, "bytes of an idle connection"
         for connection in connections:
             connection.send(encoded(session[1:]))
         for connection in connections:

@@ -87,6 +87,7 @@ def eom(ctx: EomContext) -> Status:
             record("waiting", wanted["line"])
             sys.stdin.readline()
             ctx.signal_progress()
+            record("sent")
         ctx.add_header("X-Done", "yes")
     except ActionError:
         record("failed")
