@@ -62,6 +62,15 @@ static void give_large_back(char *bytes, size_t size)
     free(bytes);
 }
 
+/* Any thread, when a run ends. */
+void content_free_kept(void)
+{
+    pthread_mutex_lock(&large_lock);
+    while (large_count > 0)
+        free(large[--large_count]);
+    pthread_mutex_unlock(&large_lock);
+}
+
 /* ---- Buffers ------------------------------------------------------------------------------- */
 
 /* Makes room for `size` bytes more. False: out of memory, nothing has changed. */

@@ -41,6 +41,7 @@ void content_init(struct content *content);
 void content_append(struct content *content, const void *bytes, size_t size, const struct spool *spool);
 void content_finish(struct content *content);
 void content_clear(struct content *content);
+void content_free_kept(void);
 size_t content_size(const struct content *content);
 
 #endif

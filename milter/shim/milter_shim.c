@@ -998,6 +998,7 @@ void milter_end(struct milter_run *run)
 
     atomic_compare_exchange_strong(&current_run, &expected, NULL);
     atomic_store(&run->closed, true);
+    content_free_kept();
 }
 
 static int wait_for_zero(atomic_int *count, int milliseconds)

@@ -34,6 +34,8 @@
 #define _GNU_SOURCE
 #include "stress.h"
 
+#include "content.h"
+
 #include <dirent.h>
 #include <errno.h>
 #include <poll.h>
@@ -175,8 +177,10 @@ static void check_rest(struct run *run)
 
     tried(PAUSES);
     come_last();
-    for (int patience = 2000; patience > 0 && !all_gone(run, least); patience--)
+    for (int patience = 2000; patience > 0 && !all_gone(run, least); patience--) {
+        content_free_kept(); /* kept on purpose, for the next large message */
         nap(10000);
+    }
     if (milter_wait_sessions(run->run, 0) != 0)
         violation("%d sessions are left when all clients have gone", milter_wait_sessions(run->run, 0));
     if (atomic_load(&kept) != 0)
