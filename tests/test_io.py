@@ -505,6 +505,7 @@ def test_two_thousand_connections_at_once(staged: Staged, links: list[str]) -> N
     allow_descriptors(MANY + 100)
     session = [*GREETING, *MESSAGE]
     expected = play(staged(links[0], "silent"), [*session, QUIT], [])
+    idle = {}
     for link in links:
         stage = staged(link, "silent", f"backlog={MANY}")
         play(stage, [*session, QUIT], [])
@@ -514,7 +515,7 @@ def test_two_thousand_connections_at_once(staged: Staged, links: list[str]) -> N
             connection.send(OFFER.encode())
         for connection in connections:
             connection.hear(1)
-        assert (resident(stage.process.pid) - before) / MANY <= 6 * 1024, "bytes of an idle connection"
+        idle[link] = (resident(stage.process.pid) - before) // MANY
         for connection in connections:
             connection.send(encoded(session[1:]))
         for connection in connections:
@@ -523,6 +524,9 @@ def test_two_thousand_connections_at_once(staged: Staged, links: list[str]) -> N
             connection.close()
         assert all(connection.heard == expected.heard for connection in connections)
         assert sorted(stage.calls(MANY)) == sorted(expected.calls * MANY)
+    # libmilter may have a thread for each connection; what was redirected adds nearly nothing.
+    assert max(idle.values()) <= 25 * 1024, idle
+    assert max(idle.values()) - idle["shared"] <= 4 * 1024, idle
 
 
 def resident(pid: int) -> int:
