@@ -30,11 +30,14 @@ from milter.engine import GO_ON, Answer, Engine, Negotiation
 from milter.errors import ActionError, ContextError
 from milter.plan import Plan
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage
-from milter.verdict import Reply
+from milter.verdict import Reply, Status
 
 log = logging.getLogger("milter")
 
 _ANSWERED = int(lib.MILTER_ANSWERED)
+_OWED = int(lib.MILTER_OWED)
+_TRACKS = int(lib.MILTER_TRACKS)
+_HOLDS = int(lib.MILTER_HOLDS)
 _LEADING_SPACE = int(ProtocolOptions.LEADING_SPACE)
 
 
@@ -311,20 +314,22 @@ def milter_python_negotiate(
 
 
 def _encoded(answer: Answer, call: SessionCall) -> int:
-    decision = answer.decision
     if answer is GO_ON:
         return _ANSWERED
+    decision, owes, tracks, holds = answer
+    number = _ANSWERED
     if isinstance(decision, Reply):
         if not call.set_reply(decision):
             log.error("libmilter refused the reply %r; the MTA sends its default text", decision)
         decision = decision.status
-    number: int = _ANSWERED | decision.value
-    if answer.owes:
-        number |= lib.MILTER_OWED
-    if answer.tracks:
-        number |= lib.MILTER_TRACKS
-    if answer.holds:
-        number |= lib.MILTER_HOLDS
+    if decision is not Status.CONTINUE:
+        number |= decision.value
+    if owes:
+        number |= _OWED
+    if tracks:
+        number |= _TRACKS
+    if holds:
+        number |= _HOLDS
     return number
 
 

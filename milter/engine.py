@@ -383,7 +383,7 @@ class Engine:
 
     def _checked(self, handler: Handler, verdict: Verdict, stage: Stage) -> Decision:
         """The verdict, if it is one that means something here."""
-        if verdict is None:
+        if verdict is None or (verdict is Status.CONTINUE and not handler.observes):
             return Status.CONTINUE
         if not isinstance(verdict, Status | Reply):
             raise TypeError(
