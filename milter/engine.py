@@ -11,7 +11,8 @@ call. For each event
    has for it;
 3. the context expires, and the conversation takes note again: an accepted recipient, the message's end.
 
-The answer to the last event goes back. An exception of the engine itself is the binding's business.
+At the end of a message, handlers of on_message get all of it; what they edited is left with the call, to be sent
+before the verdict. The answer to the last event goes back. An exception of the engine itself is the binding's business.
 
 Threads: a connection's events come one at a time, each on any thread; so a Conversation needs no lock.
 Different connections run side by side. An Engine's table of connections is changed by single dict

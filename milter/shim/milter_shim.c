@@ -460,9 +460,9 @@ static void show_content(struct milter_session *session, struct milter_event *ev
 }
 
 /*
- * The call itself, with the token of begin_call. `chunk` is what the last record
- * of the log speaks of, if that is a piece of the body and none waits. `changes`
- * has CHANGES_FIRST bytes; event.changes may point to others afterwards.
+ * What Python is told in the call with this token. `chunk` is what the last record
+ * of the log speaks of, if that is a piece of the body and none waits. The caller
+ * gives the event a place for changes.
  */
 static struct milter_event event_of(struct milter_session *session, uint64_t token, enum milter_stage stage,
                                     const void *chunk, size_t size)

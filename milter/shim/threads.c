@@ -4,10 +4,10 @@
  *
  * libmilter's pool ends a worker as soon as two others have nothing to do, and
  * begins a new one at the next moment when all are busy: under load, for every
- * tenth message or so. A thread that Python has not seen before costs as much as
- * several messages. So where libmilter's calls are redirected (see io.c, which
- * takes its calls of pthread_create), a thread whose task has ended waits here
- * for the next one.
+ * tenth message or so. For a thread that it has not seen before, Python makes a
+ * thread state, which takes far longer than a call. So where libmilter's calls
+ * are redirected (see io.c, which takes its calls of pthread_create), a thread
+ * whose task has ended waits here for the next one.
  *
  * Who touches what: idle and idle_count, and the fields of an idle thread, under
  * the lock. An idle thread's struct lies on its own stack, which lasts, since the
