@@ -26,11 +26,11 @@ from typing import Any
 
 from milter._shim import ffi, lib
 from milter.edits import Change
-from milter.engine import GO_ON, Answer, Engine, Negotiation
+from milter.engine import CONTINUE, GO_ON, Answer, Engine, Negotiation
 from milter.errors import ActionError, ContextError
 from milter.plan import Plan
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage
-from milter.verdict import Reply, Status
+from milter.verdict import Reply
 
 log = logging.getLogger("milter")
 
@@ -242,6 +242,7 @@ def _read_file(file: int, offset: int, size: int) -> bytes:
 _engines: dict[int, Engine] = {}
 _numbers = itertools.count(1)
 _STAGES = tuple(sorted(Stage, key=lambda stage: stage.value))
+_EOM = Stage.EOM
 
 
 def _crashed(kind: type[BaseException], failure: BaseException, traceback: Any) -> None:
@@ -259,7 +260,7 @@ def milter_python_enter(event: Any) -> int:
     text = ffi.unpack(event.log, event.log_size).decode("utf-8", "surrogateescape")
     if event.chunks_size:
         call.chunks = ffi.unpack(event.chunks, event.chunks_size)
-    if stage is not Stage.EOM or not engine.plan.gathers:
+    if stage is not _EOM or not engine.plan.gathers:
         return _encoded(engine.enter(call, event.number, text), call)
     content = call.content = GatheredContent(event)
     try:
@@ -281,12 +282,13 @@ def _leave_changes(event: Any, changes: Sequence[Change]) -> None:
 
 
 def _packed(change: Change) -> bytes:
-    if change.letter == "b":
-        return b"b\0%d\0%b" % (len(change.arguments[0]), change.arguments[0])
-    fields = b"\0".join(change.arguments)
-    if fields.count(b"\0") != len(change.arguments) - 1:
+    letter, arguments = change
+    if letter == "b":
+        return b"b\0%d\0%b" % (len(arguments[0]), arguments[0])
+    packed = b"\0".join((letter.encode("ascii"), *arguments, b""))
+    if packed.count(b"\0") != len(arguments) + 1:
         raise ValueError(f"{change!r} has a NUL, where it would begin another change")
-    return b"%b\0%b\0" % (change.letter.encode("ascii"), fields)
+    return packed
 
 
 @ffi.def_extern(error=0, onerror=_crashed)
@@ -322,7 +324,7 @@ def _encoded(answer: Answer, call: SessionCall) -> int:
         if not call.set_reply(decision):
             log.error("libmilter refused the reply %r; the MTA sends its default text", decision)
         decision = decision.status
-    if decision is not Status.CONTINUE:
+    if decision is not CONTINUE:
         number |= decision.value
     if owes:
         number |= _OWED

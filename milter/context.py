@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol
 
 from milter import checks
 from milter.edits import Change
-from milter.envelope import Address, ClientAddress, without_brackets
+from milter.envelope import Address, ClientAddress, client_address, without_brackets
 from milter.errors import ActionError, ContextError, StageError, TooEarlyError
 from milter.message import Content, Message
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, macro_name
@@ -100,7 +100,7 @@ class Conversation:
     __slots__ = (
         "_new_session",
         "_new_transaction",
-        "address",
+        "client",
         "helo",
         "hostname",
         "id",
@@ -113,12 +113,17 @@ class Conversation:
     ) -> None:
         self.id = number
         self.hostname: str | None = None
-        self.address: ClientAddress = None
+        self.client = ("U", "", "")
+        """Family, port and address, as the shim's log has them."""
         self.helo: str | None = None
         self.transaction: Transaction | None = None
         self.state: Any = None
         self._new_session = new_session or SimpleNamespace
         self._new_transaction = new_transaction or SimpleNamespace
+
+    @property
+    def address(self) -> ClientAddress:
+        return client_address(*self.client)
 
     def session_state(self) -> Any:
         if self.state is None:

@@ -30,7 +30,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from milter import checks
-from milter.headers import Headers, NewField
+from milter.headers import END, Headers, NewField
 from milter.message import Message
 from milter.protocol import Actions
 
@@ -75,16 +75,16 @@ class Change(NamedTuple):
         return _GRANTS[self.letter]
 
 
-def needed(changes: Iterable[Change]) -> Actions:
-    """What the MTA must have granted for all of them.
+def needed(changes: Iterable[Change]) -> int:
+    """What the MTA must have granted for all of them, as the bits of ``Actions``.
 
-    >>> needed([Change("h", (b"X-New", b"v")), Change("b", (b"new\\r\\n",))])
+    >>> Actions(needed([Change("h", (b"X-New", b"v")), Change("b", (b"new\\r\\n",))]))
     <Actions.ADD_HEADER|REPLACE_BODY: 3>
     """
     bits = 0
-    for change in changes:
-        bits |= _BITS[change.letter]
-    return Actions(bits)
+    for letter, _ in changes:
+        bits |= _BITS[letter]
+    return bits
 
 
 class Numbering(Enum):
@@ -113,7 +113,7 @@ def changes(message: Message, numbering: Callable[[], Numbering]) -> list[Change
         result += _envelope(message)
     headers = message._headers
     if headers is not None and (headers._changed or headers._new):
-        result += _HeaderChanges(message, headers, numbering).result()
+        result += _one_more(message, headers) or _HeaderChanges(message, headers, numbering).result()
     if message._new_body is not None:
         result.append(Change("b", (message._new_body,)))
     return result
@@ -152,10 +152,21 @@ _SENDMAILS_OWN = frozenset(
 _SENDMAILS_HIDDEN = 8
 
 # Both put a field at the end when the position is beyond it. The highest number that libmilter takes.
-_END = 0x7FFFFFFF
+_LAST = 0x7FFFFFFF
 
 # Beyond this many pairs of deleted and new fields in one place it is not worth looking which belong together.
 _ALIGNED_AT_MOST = 4096
+
+
+def _one_more(message: Message, headers: Headers) -> list[Change]:
+    """What most filters do, in short: one field more, of a name that there was none of. Else an empty list."""
+    added = headers._new.get(END)
+    if headers._changed or len(headers._new) > 1 or added is None or len(added) != 1:
+        return []
+    field = added[0]
+    if field.key == _RECEIVED or headers._was_received(field.key):
+        return []
+    return [Change("h", (field.name, message._prefix + field.value))]
 
 
 class _HeaderChanges:
@@ -166,13 +177,19 @@ class _HeaderChanges:
         self._ask_numbering = numbering
         self._asked: Numbering | None = None
         self._headers = headers
-        self._names = headers._received_names()
         self._changed = headers._changed
         self._new = headers._new
         # The names of new fields that were added so far.
         self._added: set[bytes] = set()
 
+    @property
+    def _names(self) -> list[bytes]:
+        return self._headers._received_names()
+
     def result(self) -> list[Change]:
+        if END in self._new:
+            self._new = {**self._new, len(self._names): self._new[END]}
+            del self._new[END]
         if self._changed:
             if self._new and self._headers.raw == tuple(self._headers._fields()):
                 return []
@@ -249,8 +266,6 @@ class _HeaderChanges:
     def _from_the_bottom_up(self) -> list[Change]:
         end = len(self._names)
         result = [self._add(field) for field in self._new.get(end, ())]
-        if result and not self._changed and len(self._new) == 1:
-            return result  # what most filters do
         places = {*self._changed, *self._new}
         places.discard(end)
         for position in sorted(places, reverse=True):
@@ -268,7 +283,7 @@ class _HeaderChanges:
         """At the end. Sendmail adds a field whose name it knows above the first of that name."""
         if self._is_first(field) or self._numbering is Numbering.POSTFIX:
             return Change("h", (field.name, self._prefix + field.value))
-        return Change("i", (b"%d" % _END, field.name, self._prefix + field.value))
+        return Change("i", (b"%d" % _LAST, field.name, self._prefix + field.value))
 
     def _insert(self, field: NewField, gap: int) -> Change:
         """Below so many received fields, above what was inserted there before."""

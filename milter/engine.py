@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, TypeAlias
 from milter.app import WHOLE_MESSAGE, Handler, Milter
 from milter.context import Call, Context, Conversation, EomContext, NegotiateContext, Transaction, expire
 from milter.edits import Change, Numbering, changes, needed
-from milter.envelope import Address, ClientAddress, InetAddress, UnixAddress
+from milter.envelope import Address
 from milter.errors import ActionError, HandlerError, MilterError
 from milter.message import Message, freeze
 from milter.plan import Plan, make_plan
@@ -38,6 +38,11 @@ from milter.verdict import MEANINGFUL, Reply, Status, Verdict
 log = logging.getLogger("milter")
 
 Decision: TypeAlias = Status | Reply
+
+# Names of this module, since to look up a member of an enum takes ten times as long.
+CONTINUE = Status.CONTINUE
+_SKIP = Status.SKIP
+_RCPT, _BODY, _EOM, _ABORT, _CLOSE = Stage.RCPT, Stage.BODY, Stage.EOM, Stage.ABORT, Stage.CLOSE
 
 _REFUSALS = (Status.REJECT, Status.TEMPFAIL)
 
@@ -135,6 +140,9 @@ class Engine:
         self.app = app
         self.plan = make_plan(app)
         self._on_shutdown = on_shutdown
+        self._gathers = self.plan.gathers
+        self._leading_space = self.plan.shows_leading_space
+        self._sees_refused = self.plan.sees_refused_recipients
         self._connections: dict[int, _Connection] = {}
         self._steps = {stage: self._step(stage) for stage in Stage}
         readers: dict[str, tuple[_Reader, Stage]] = {
@@ -190,10 +198,10 @@ class Engine:
 
     def enter(self, call: Call, number: int, text: str) -> Answer:
         """Replay a log, and answer the event at its end."""
-        connection = self._connection(number)
-        if call.stage is Stage.CLOSE:
+        connection = self._connections.get(number) or self._connection(number)
+        if call.stage is _CLOSE:
             del self._connections[number]
-        decision: Decision = Status.CONTINUE
+        decision: Decision = CONTINUE
         fields = iter(text.split("\0"))
         for letter in fields:
             if letter:  # the text behind the last NUL is empty
@@ -202,43 +210,43 @@ class Engine:
         return _answer(decision, connection)
 
     def _connection(self, number: int) -> _Connection:
-        connection = self._connections.get(number)
-        if connection is None:
-            connection = self._connections.setdefault(number, _Connection(number, self.app))
-        return connection
+        return self._connections.setdefault(number, _Connection(number, self.app))
 
     # ---- The records of a log: what each means for the conversation, and for its handlers
 
     def _connect(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
-        hostname = connection.hostname = next(fields)
-        address = connection.address = _client_address(next(fields), next(fields), next(fields))
-        return self._event(step, (hostname, address), connection, call)
+        connection.hostname = next(fields)
+        connection.client = (next(fields), next(fields), next(fields))
+        if not step.handlers and connection.failure is None:
+            return CONTINUE
+        return self._event(step, (connection.hostname, connection.address), connection, call)
 
     def _helo(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
         name = next(fields)
         connection.begin_session(name)
+        if not step.handlers and connection.failure is None:
+            return CONTINUE
         return self._event(step, (name,), connection, call)
 
     def _mail(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
         sender = _address(fields)
         connection.end_message()
         connection.transaction = Transaction(sender)
-        if not step.handlers:
-            return Status.CONTINUE
+        if not step.handlers and connection.failure is None:
+            return CONTINUE
         return self._event(step, (sender, sender.params), connection, call)
 
     def _rcpt(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
         recipient = _address(fields)
         transaction = connection.transaction  # the verdict may end it
-        decision: Decision = Status.CONTINUE
+        decision: Decision = CONTINUE
         if step.handlers:
             decision = self._event(step, (recipient, recipient.params), connection, call)
-        if transaction is not None and _status(decision) not in _REFUSALS and not self._refused_by_mta(call):
+        if transaction is None or (decision is not CONTINUE and _status(decision) in _REFUSALS):
+            return decision
+        if not (self._sees_refused and call.macro(b"{rcpt_mailer}") == b"error"):
             transaction.recipients.append(recipient)
         return decision
-
-    def _refused_by_mta(self, call: Call) -> bool:
-        return self.plan.sees_refused_recipients and call.macro(b"{rcpt_mailer}") == b"error"
 
     def _bare(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
         return self._event(step, (), connection, call)
@@ -260,7 +268,7 @@ class Engine:
     def _abort(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
         self._event(step, (), connection, call)
         connection.end_message()
-        return Status.CONTINUE
+        return CONTINUE
 
     def _close(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
         connection.end_message()
@@ -269,12 +277,12 @@ class Engine:
     def _over(self, step: _Step, fields: _Fields, connection: _Connection, call: Call) -> Decision:
         """The message was over before this, decided without Python."""
         connection.end_message()
-        return Status.CONTINUE
+        return CONTINUE
 
     # ---- Events
 
     def _event(self, step: _Step, arguments: tuple[Any, ...], connection: _Connection, call: Call) -> Decision:
-        decision: Decision = Status.CONTINUE
+        decision: Decision = CONTINUE
         if connection.transaction is None and step.stage in _WITHIN_A_MESSAGE:
             # Its end was decided here, and failed on the way; the shim goes on, and fails it at the end.
             return decision if step.silent else Status.TEMPFAIL
@@ -282,11 +290,11 @@ class Engine:
             decision = _fitting(connection.failure, step.stage)
         elif step.handlers:
             decision = self._run(step, arguments, connection, call)
-        if decision is Status.CONTINUE:
+        if decision is CONTINUE:
             return decision
         if step.silent:
             connection.owe(decision, step.stage)
-            return Status.CONTINUE
+            return CONTINUE
         if step.stage in _DECIDING and _decides(step.stage, _status(decision)):
             connection.end_message()
         return decision
@@ -294,7 +302,7 @@ class Engine:
     # ---- Handlers
 
     def _run(self, step: _Step, arguments: tuple[Any, ...], connection: _Connection, call: Call) -> Decision:
-        if step.stage is Stage.EOM:
+        if step.stage is _EOM:
             return self._run_at_end(step.handlers, connection, call)
         context: Context[Any, Any] = Context(connection, call)
         try:
@@ -306,7 +314,7 @@ class Engine:
         """The handlers of the end of a message, which may change it, and those that want all of it."""
         transaction = connection.transaction
         assert transaction is not None, "the end of a message without a message"
-        if self.plan.gathers and not call.content.error:
+        if self._gathers and not call.content.error:
             transaction.message = self._message(transaction, call)
         context: EomContext[Any, Any] = EomContext(connection, call)
         try:
@@ -325,7 +333,7 @@ class Engine:
             transaction.sender,
             transaction.recipients,
             wire_space=call.leading_space,
-            leading_space=self.plan.shows_leading_space,
+            leading_space=self._leading_space,
         )
 
     def _send_edits(
@@ -367,25 +375,25 @@ class Engine:
                     raise transaction.body_failure
             except BaseException as failure:
                 decision = self._failed(handler, failure, stage, connection, call)
-                if stage in (Stage.ABORT, Stage.CLOSE):
+                if stage in (_ABORT, _CLOSE):
                     continue
                 if transaction is not None:
                     transaction.spoilt = True
-                    if decision is not Status.CONTINUE:
+                    if decision is not CONTINUE:
                         # Where it only observes, its message goes on, though it is lost: one traceback is enough.
                         connection.skipped.add(handler)
-            if decision is Status.SKIP:
+            if decision is _SKIP:
                 connection.skipped.add(handler)
-            elif decision is not Status.CONTINUE:
+            elif decision is not CONTINUE:
                 return decision
-        if stage is Stage.BODY and connection.skipped.issuperset(handlers):
+        if stage is _BODY and connection.skipped.issuperset(handlers):
             return Status.SKIP
-        return Status.CONTINUE
+        return CONTINUE
 
     def _checked(self, handler: Handler, verdict: Verdict, stage: Stage) -> Decision:
         """The verdict, if it is one that means something here."""
-        if verdict is None or (verdict is Status.CONTINUE and not handler.observes):
-            return Status.CONTINUE
+        if verdict is None or (verdict is CONTINUE and not handler.observes):
+            return CONTINUE
         if not isinstance(verdict, Status | Reply):
             raise TypeError(
                 f"{handler.name} returned {verdict!r}; a handler returns a milter.Status, a milter.Reply or None"
@@ -432,19 +440,24 @@ class Engine:
         return decision
 
 
-_ACCEPTING = (Status.CONTINUE, Status.ACCEPT)
+_ACCEPTING = (CONTINUE, Status.ACCEPT)
 _WITHOUT_REPLY = (Stage.NEGOTIATE, Stage.ABORT, Stage.CLOSE)
 _WITHIN_A_MESSAGE = frozenset((Stage.RCPT, Stage.DATA, Stage.HEADER, Stage.EOH, Stage.BODY, Stage.EOM))
 _DECIDING = (Stage.MAIL, Stage.RCPT, Stage.DATA, Stage.HEADER, Stage.EOH, Stage.BODY)
 
 
-GO_ON = Answer(Status.CONTINUE, owes=False, tracks=False, holds=False)
+GO_ON = Answer(CONTINUE, owes=False, tracks=False, holds=False)
 """What most answers are."""
 
 
 def _answer(decision: Decision, connection: _Connection) -> Answer:
     transaction = connection.transaction
-    if decision is Status.CONTINUE and transaction is None and connection.failure is None and connection.state is None:
+    if (
+        decision is CONTINUE
+        and (transaction is None or transaction.state is None)
+        and connection.failure is None
+        and connection.state is None
+    ):
         return GO_ON
     return Answer(
         decision,
@@ -458,26 +471,20 @@ def _address(fields: _Fields) -> Address:
     return Address.from_arguments(list(itertools.islice(fields, int(next(fields)))))
 
 
-def _client_address(family: str, port: str, host: str) -> ClientAddress:
-    if family == "U":
-        return None
-    return UnixAddress(host) if family == "L" else InetAddress(host, int(port))
-
-
 def _status(decision: Decision) -> Status:
     return decision.status if isinstance(decision, Reply) else decision
 
 
 def _decides(stage: Stage, status: Status) -> bool:
     """Is the message over with this verdict? A refused recipient is not the message. See ends_message() in C."""
-    if stage is Stage.RCPT:
+    if stage is _RCPT:
         return status in (Status.ACCEPT, Status.DISCARD)
-    return status not in (Status.CONTINUE, Status.SKIP)
+    return status not in (CONTINUE, Status.SKIP)
 
 
 def _fitting(decision: Decision, stage: Stage) -> Decision:
     """The policy's answer, where the stage has a meaning for it; else to go on, as ACCEPT of an unknown command."""
-    return decision if _status(decision) in MEANINGFUL[stage] else Status.CONTINUE
+    return decision if _status(decision) in MEANINGFUL[stage] else CONTINUE
 
 
 def _whole(transaction: Transaction | None, call: Call) -> Message:
@@ -489,7 +496,7 @@ def _whole(transaction: Transaction | None, call: Call) -> Message:
 
 
 def _require_granted(edits: Sequence[Change], call: Call) -> None:
-    missing = int(needed(edits)) & ~call.granted_actions
+    missing = needed(edits) & ~call.granted_actions
     if missing:
         raise ActionError(
             f"the edits of the message were not sent: they need {Actions(missing)!r}, which the MTA did not grant "

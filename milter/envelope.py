@@ -50,6 +50,13 @@ class UnixAddress:
 ClientAddress: TypeAlias = InetAddress | UnixAddress | None
 
 
+def client_address(family: str, port: str, host: str) -> ClientAddress:
+    """Of the strings in the shim's log; the families are told in ``milter_shim.c``."""
+    if family == "U":
+        return None
+    return UnixAddress(host) if family == "L" else InetAddress(host, int(port))
+
+
 class Params(Mapping[str, str | None]):
     """The ESMTP parameters of a MAIL or RCPT command (RFC 5321, section 4.1.2).
 
@@ -111,7 +118,8 @@ class Address(str):
     @classmethod
     def from_arguments(cls, arguments: Sequence[str]) -> "Address":
         """Make one of the arguments of a MAIL or RCPT command, the address first."""
-        address = cls(without_brackets(arguments[0]) if arguments else "")
+        text = arguments[0] if arguments else ""
+        address = cls(text[1:-1] if text[:1] == "<" and text[-1:] == ">" else text)
         address._arguments = arguments
         return address
 

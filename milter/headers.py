@@ -6,6 +6,7 @@ fields in the gaps between them. So a message that nobody edits costs nothing, o
 ``milter.edits`` finds what is to be sent without comparing anything.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, overload
 
@@ -13,13 +14,16 @@ from milter import checks
 from milter.content import Content, Editable
 from milter.errors import ContextError
 
-__all__ = ["Headers", "NewField"]
+__all__ = ["END", "Headers", "NewField"]
+
+END = sys.maxsize
+"""The gap below the last received field, whatever their number."""
 
 D = TypeVar("D")
 
 
 class NewField:
-    """A header field that the handler made. `gap`: the number of received fields above it."""
+    """A header field that the handler made. `gap`: the number of received fields above it, or ``END``."""
 
     __slots__ = ("gap", "key", "name", "value")
 
@@ -71,9 +75,10 @@ class Headers(Editable):
     """
 
     __slots__ = (
-        "_absent",
+        "_area",
         "_changed",
         "_content",
+        "_lowered",
         "_names",
         "_new",
         "_new_named",
@@ -89,11 +94,12 @@ class Headers(Editable):
         self._content = content
         self._prefix = prefix
         # The fields as received; never changed. Each is made of the one above it when it is first needed:
-        # names and values as they were gathered, one after the other; the names;
-        # their positions by name in lower case; names and values in pairs.
+        # all as it was gathered; the same in lower case, behind a NUL; names and values, one after the other;
+        # the names; their positions by name in lower case; names and values in pairs.
+        self._area: bytes | None = None
+        self._lowered: bytes | None = None
         self._texts: list[bytes] | None = None
         self._names: list[bytes] | None = None
-        self._absent: bytes | None = None  # a name that was looked for and is none of theirs
         self._places: dict[bytes, list[int]] | None = None
         self._raw: tuple[tuple[bytes, bytes], ...] | None = None
         # The edits: new values by position (None: deleted), and new fields by gap and by name, each in order.
@@ -248,9 +254,14 @@ class Headers(Editable):
 
     # ---- places: a received field is known by its position, a new one by itself
 
+    def _received_area(self) -> bytes:
+        if self._area is None:
+            self._area = self._content.read(0, self._content.header_size)
+        return self._area
+
     def _received_texts(self) -> list[bytes]:
         if self._texts is None:
-            self._texts = self._content.read(0, self._content.header_size).split(b"\0")
+            self._texts = self._received_area().split(b"\0")
         return self._texts
 
     def _received_names(self) -> list[bytes]:
@@ -270,14 +281,13 @@ class Headers(Editable):
         return self._places
 
     def _was_received(self, key: bytes) -> bool:
-        """Whether there was a field of this name. The first look-up of all makes no table."""
-        if self._places is not None:
-            return key in self._places
-        if self._absent is None:
-            if key in map(bytes.lower, self._received_names()):
-                return True
-            self._absent = key
-        return self._absent != key and key in self._positions()
+        """Whether there was a field of this name. That there was none is known without a table."""
+        if self._places is None:
+            if self._lowered is None:
+                self._lowered = b"\0" + self._received_area().lower()
+            if b"\0%b\0" % key not in self._lowered:  # neither a name nor a value
+                return False
+        return key in self._positions()
 
     def _find(self, key: bytes) -> Sequence[Place]:
         """The fields of this name that are there now, in order."""
@@ -304,7 +314,7 @@ class Headers(Editable):
             now = self._changed.get(position, value)
             if now is not None:
                 yield name, now
-        for field in self._new.get(len(self.raw), ()):
+        for field in self._new.get(END, ()):
             yield field.name, field.value
 
     def _new_fields(self) -> Iterator[NewField]:
@@ -314,22 +324,18 @@ class Headers(Editable):
     def _gap_above(self, index: int) -> tuple[int, int]:
         """The gap, and the offset among its new fields, above the field that is at `index` now."""
         above = 0
-        end = len(self._received_names())
-        for position in range(end + 1):
+        for position in range(len(self._received_names())):
             fields = len(self._new.get(position, ()))
             if index <= above + fields:
                 return position, index - above
             above += fields
-            if position < end and self._changed.get(position, b"") is not None:
+            if self._changed.get(position, b"") is not None:
                 above += 1
-                if index == above:
-                    return position + 1, 0
-        return end, len(self._new.get(end, ()))
+        return END, min(index - above, len(self._new.get(END, ())))
 
     def _append(self, key: bytes, name: bytes, value: bytes) -> None:
-        end = len(self._received_names())
-        field = NewField(end, key, name, value)
-        self._new.setdefault(end, []).append(field)
+        field = NewField(END, key, name, value)
+        self._new.setdefault(END, []).append(field)
         self._new_named.setdefault(key, []).append(field)
 
     def _assign(self, place: Place, value: str) -> None:

@@ -64,6 +64,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sched.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -83,7 +84,8 @@ enum {
     BLOCKS_KEPT = 32,  /* free blocks that are not given back to malloc */
     CHUNK = 256,       /* entries that are allocated at once */
     CHUNKS = 4096,     /* descriptors above CHUNK * CHUNKS are served without a block */
-    LOOK = 1           /* milliseconds between two looks at the queue, while there is one */
+    LOOK = 1,          /* milliseconds between two looks at the queue, while there is one */
+    YIELDS = 2         /* times that a thread gives way before it goes to sleep */
 };
 
 /* Nanoseconds in which a worker should come for one of the sessions in the queue. */
@@ -281,25 +283,41 @@ static void start_workers(void)
 }
 
 /*
+ * By libmilter's listener: the next connection is often there as soon as others
+ * had the processor. To sleep and to be woken up takes longer than to give way.
+ */
+static int look_again(struct pollfd *fds, nfds_t count)
+{
+    int result = 0;
+
+    for (int i = 0; i < YIELDS && result == 0; i++) {
+        sched_yield();
+        result = __real_poll(fds, count, 0);
+    }
+    return result;
+}
+
+/*
  * By libmilter's controller and listener, which hand out sessions: they look
  * after the queue while they wait. And by anybody else whose descriptor is not
  * a connection's, which does no harm.
  */
 static int poll_others(struct pollfd *fds, nfds_t count, int timeout)
 {
-    int result;
+    int result = count == 1 ? look_again(fds, count) : 0;
 
-    for (;;) {
+    while (result == 0) {
         const bool look = atomic_load(&queue_length) > 0 && (timeout < 0 || timeout > LOOK);
 
         if (look && queue_stands())
             start_workers();
         result = __real_poll(fds, count, look ? LOOK : timeout);
         if (result != 0 || !look)
-            return result;
+            break;
         if (timeout > 0)
             timeout -= LOOK;
     }
+    return result;
 }
 
 /* By libmilter's controller, after its poll: it will hand out these, if connections are among them. */
@@ -543,7 +561,9 @@ static int await_input(struct connection *connection, struct pollfd *fds, int ti
         return say_ready(connection, fds);
 
     flush(connection, fd);
-    if (!wrote && connection->error == 0 && take_block(connection))
+    for (int i = 0; wrote && i < YIELDS; i++)
+        sched_yield(); /* the MTA often has its next command ready as soon as it had the processor */
+    if (connection->error == 0 && take_block(connection))
         receive(connection, fd, NULL, 0);
     for (;;) {
         if (has_news(connection))

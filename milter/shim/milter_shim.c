@@ -14,7 +14,8 @@
  *      handlers only observe, the event waits in the log for a later call, and
  *      libmilter gets its answer here.
  *   4. Otherwise enter_python() passes the gate, gives the session a token, and
- *      calls milter_python_enter with the whole log. This takes the GIL.
+ *      takes its turn (turns.c): milter_python_enter is called with the whole log, by
+ *      this thread, or by another one that is in Python anyway. This takes the GIL.
  *   5. Handlers act through the functions under "The session" in the header.
  *      Each takes the session's lock, and does nothing unless its token is the
  *      session's: the call that a context was made for is still going on.
@@ -58,6 +59,7 @@
 #include "milter_shim.h"
 
 #include "content.h"
+#include "turns.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -518,7 +520,7 @@ static int enter_python(struct milter_session *session, enum milter_stage stage,
         event.changes = changes;
         event.changes_capacity = sizeof changes;
         session->seen = session->in_message;
-        answer = milter_python_enter(&event);
+        answer = milter_take_turn(&event);
         end_call(session);
         sent = send_changes(session, &event, answer);
     }

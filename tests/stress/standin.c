@@ -778,6 +778,8 @@ static int enter(struct conversation *c, struct milter_event *event, struct read
             violation("a call that goes on is said to be over");
     if (chance(30) == 0)
         nap(chance(3000));
+    if (chance(500) == 0)
+        nap(6000 + chance(10000)); /* longer than others wait for it, see turns.c */
     if (!quiet && chance(30) == 0)
         return fail(c, r);
 
