@@ -24,8 +24,10 @@ from milter.app import Milter
 from milter.binding import Run
 from milter.engine import Engine
 from milter.errors import HandlerError, MilterError
+from milter.ledger import Ledger, open_books
 from milter.libmilter import libmilter
 from milter.listener import Listener, open_listener
+from milter.metrics import Exporter, open_exporter
 from milter.signals import Bell
 
 __all__ = ["RunOptions", "Server", "run"]
@@ -57,6 +59,10 @@ class RunOptions(TypedDict, total=False):
     """libmilter's debug level, 0 to 6: what it does, on standard output (``smfi_setdbg``)."""
     max_data_size: int
     """Bytes of one packet of the protocol, for an MTA built for larger ones; 65535 (``smfi_setmaxdatasize``)."""
+    access_log: bool
+    """A line for each message, to the logger ``milter.access``; False. See :mod:`milter.access`."""
+    metrics: str | None
+    """Where Prometheus can ask for figures, ``host:port`` or a port of 127.0.0.1; None. See :mod:`milter.metrics`."""
 
 
 _DEFAULTS: RunOptions = {
@@ -68,6 +74,8 @@ _DEFAULTS: RunOptions = {
     "grace": 30.0,
     "debug": 0,
     "max_data_size": _PACKET,
+    "access_log": False,
+    "metrics": None,
 }
 
 
@@ -80,6 +88,7 @@ class Server:
         self._options = _checked(options)
         self._listener: Listener | None = None
         self._run: Run | None = None
+        self._exporter: Exporter | None = None
         self._failure: HandlerError | None = None
         self._stopped = False
         self._bell = Bell()
@@ -91,6 +100,11 @@ class Server:
         if self._listener is None:
             raise MilterError("the filter is not running")
         return str(self._listener)
+
+    @property
+    def metrics_address(self) -> str | None:
+        """Where the metrics are told, with the port chosen for port 0; None: nowhere, or in another process."""
+        return self._exporter.address if self._exporter is not None else None
 
     @property
     def engine(self) -> Engine:
@@ -118,9 +132,10 @@ class Server:
         )
         try:
             with _only_one(self):
+                self._exporter = open_exporter(options["metrics"])
                 for hook in self._app.start_hooks:
                     hook()
-                self._run = Run(Engine(self._app, self._shut_down))
+                self._run = Run(Engine(self._app, self._shut_down, self._open_books()))
                 self._app.server = self
                 libmilter.serve(
                     listener.socket,
@@ -133,10 +148,19 @@ class Server:
             if self._run is not None:
                 self._run.close_gate()
                 self._run.forget()
+            self._close_exporter()
             listener.close()
             raise
         self._listener = listener
         log.info("%s is listening on %s", self._app.name, listener)
+
+    def _open_books(self) -> Ledger | None:
+        collector = self._exporter.collector if self._exporter is not None else None
+        return open_books(self._options["access_log"], collector)
+
+    def _close_exporter(self) -> None:
+        if self._exporter is not None:
+            self._exporter.close()
 
     def request_stop(self) -> None:
         """Ask for the stop, from a handler or any thread; returns at once."""
@@ -166,6 +190,7 @@ class Server:
         self._drain(self._run, self._options["grace"] if grace is None else grace)
         with contextlib.ExitStack() as stack:  # each of them, the last first, whatever the others raise
             stack.callback(self._bell.close)
+            stack.callback(self._close_exporter)
             for hook in self._app.stop_hooks:
                 stack.callback(hook)
         if self._failure is not None:
