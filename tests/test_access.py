@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milter import Context, EomContext, Message, Milter, Reply, Status, access
+from milter import ActionError, Actions, Context, EomContext, Message, Milter, Reply, Status, access
 from milter.ledger import open_books
 from milter.testing import Client, ClientAddress, Verdict
 from tests.conftest import Peer, Serve, begin_message, send_content, send_message
@@ -144,9 +144,11 @@ def test_an_action_that_was_not_sent_is_not_counted(serve: Serve, records: Recor
         message.headers["X-Never"] = "sent"
         with pytest.raises(ValueError, match="header"):
             ctx.add_header("no name", "")
+        with pytest.raises(ActionError, match="did not grant"):
+            ctx.quarantine("strange")
         return Status.REJECT
 
-    send_message(serve(app, access_log=True).greeted())
+    send_message(serve(app, access_log=True).greeted(actions=Actions.ADD_HEADER))
     assert [(record["verdict"], record["actions"]) for record in records()] == [("reject", {})]
 
 
@@ -557,6 +559,7 @@ def test_nobody_can_forge_a_line(serve: Serve, records: Records, lines: Callable
     (record,), (line,) = records(), lines()
     assert record["sender"] == HOSTILE[1:-1]
     assert re.fullmatch(r"[ -~]*", line)
+    assert r' sender="x\"\\ y=1\n\r\tINFO\x1b[2J\x7f\u00e9\u2028\xff" ' in line
     assert parsed(line) == {
         **{name: [str(value)] for name, value in record.items() if isinstance(value, int | float)},
         "queue_id": ["1 verdict=reject"],

@@ -183,6 +183,13 @@ def test_there_is_nothing_else_at_the_endpoint(serve: Serve) -> None:
         urllib.request.urlopen(f"http://{peer.server.metrics_address}/other", timeout=30)
 
 
+@pytest.mark.parametrize("path", ["/", "/metrics?name=milter_messages_total"])
+def test_the_figures_are_found_under_other_names_too(serve: Serve, path: str) -> None:
+    peer = serve(Milter("test"), metrics="0")
+    with urllib.request.urlopen(f"http://{peer.server.metrics_address}{path}", timeout=30) as answer:
+        assert b"milter_open_connections 0.0\n" in answer.read()
+
+
 def test_a_failure_to_tell_is_an_error_of_the_server_and_logged(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -202,8 +209,11 @@ def test_one_who_reads_nothing_holds_up_nobody(serve: Serve) -> None:
     peer = serve(Milter("test"), metrics="0")
     assert peer.server.metrics_address is not None
     host, _, port = peer.server.metrics_address.rpartition(":")
-    with socket.create_connection((host, int(port))):
+    with socket.create_connection((host, int(port))) as silent:
         assert told(peer.server.metrics_address)
+        silent.setblocking(False)
+        with pytest.raises(BlockingIOError):  # it was not waited for until its time was over
+            silent.recv(1)
 
 
 def test_without_a_host_only_this_machine_can_ask() -> None:
@@ -238,9 +248,10 @@ def test_a_start_that_fails_ends_the_endpoint_too(tmp_path: Path) -> None:
 
     with metrics.listen("0") as listener:
         address = metrics.address_of(listener)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError) as failure:
         app.start(f"unix:{tmp_path}/filter.sock", metrics=address)
     metrics.listen(address).close()
+    assert failure.traceback  # which kept what was begun, so that nobody else has ended it
 
 
 def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
