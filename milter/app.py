@@ -26,7 +26,8 @@ from milter.protocol import MACRO_LISTS, Actions, Stage, macro_name
 from milter.verdict import Reply, Status, Verdict
 
 if TYPE_CHECKING:
-    from milter.server import RunOptions, Server
+    from milter.options import RunOptions, StartOptions
+    from milter.server import Server
 
 __all__ = ["Milter"]
 
@@ -365,19 +366,23 @@ class Milter(Generic[S, T]):
     # ---- Running ---------------------------------------------------------------------------
 
     def run(self, socket: str | None = None, **options: "Unpack[RunOptions]") -> None:
-        """Serve until the process is told to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP or :meth:`stop`.
+        """Serve until the process is told to stop: SIGTERM, SIGINT (Ctrl-C), :meth:`stop`; without workers SIGHUP, too.
 
         Arguments:
             socket: where to listen, see :mod:`milter.listener`: ``inet:port@host``, ``unix:path``, …
-            options: see :class:`milter.server.RunOptions`.
+            options: see :class:`milter.options.RunOptions`.
+
+        With ``workers=2`` or more, as many processes serve. They are forked from this one, which only watches them;
+        SIGHUP replaces them without a message lost. They have the code that this process has loaded: to load new code
+        on SIGHUP, run the filter with ``milter run``. When they cannot go on, ``SystemExit`` is raised.
 
         Raises :class:`SocketError <milter.SocketError>` when the socket cannot be had, and
         :class:`HandlerError <milter.HandlerError>` for ``on_error="shutdown"``. Only in the main thread,
         which gets the signals; elsewhere use :meth:`start`.
         """
-        from milter import server
+        from milter import runner
 
-        server.run(self, socket, **options)
+        runner.run(self, socket, **options)
 
     def stop(self) -> None:
         """Ask the running filter to stop, from a handler or any thread; returns at once.
@@ -387,7 +392,7 @@ class Milter(Generic[S, T]):
         if self.server is not None:
             self.server.request_stop()
 
-    def start(self, socket: str | None = None, **options: "Unpack[RunOptions]") -> "Server":
+    def start(self, socket: str | None = None, **options: "Unpack[StartOptions]") -> "Server":
         """Serve in the background: a context manager that stops at its end. For embedding and tests.
 
         ::

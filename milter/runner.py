@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A filter as a program: ``app.run()`` and ``milter run``.
+
+The order of a start: the pidfile; the socket is opened, by whoever may; the process, or each worker, becomes the user
+that is wanted; only then is code of the filter run. The order of an end is the other way round.
+"""
+
+import contextlib
+import functools
+import socket as sockets
+import threading
+from typing import Any, Unpack
+
+from milter.app import Milter
+from milter.errors import MilterError
+from milter.listener import Listener, SharedListener, open_listener
+from milter.loading import load
+from milter.options import RunOptions, run_options, those_of_start
+from milter.pidfile import pidfile
+from milter.privileges import Identity, identity
+from milter.server import Server
+from milter.signals import Bell
+from milter.supervisor import Supervisor
+
+__all__ = ["run", "run_by_name"]
+
+
+def run(app: Milter[Any, Any], socket: str | None, **given: Unpack[RunOptions]) -> None:
+    """Serve until a signal or :meth:`Milter.stop <milter.Milter.stop>`; see :meth:`Milter.run <milter.Milter.run>`."""
+    options = run_options(given)
+    if threading.current_thread() is not threading.main_thread():
+        raise MilterError("run() belongs into the main thread, which gets the signals; use start() elsewhere")
+    if options["workers"] > 1:
+        if threading.active_count() > 1:
+            raise MilterError(
+                "run(workers=…) forks, and other threads do not survive that: start them in on_start, in each worker"
+            )
+        code = _supervise(lambda: app, app.name, socket, options)
+        if code:
+            raise SystemExit(code)
+        return
+    with _prepared(socket, options) as (listener, user):
+        if user is not None:
+            user.take_on()
+        _serve(app, listener, options)
+
+
+def run_by_name(name: str, socket: str | None, options: RunOptions) -> int:
+    """Serve the filter of this name (``module:app``), with a supervisor in any case; returns the exit code."""
+    return _supervise(functools.partial(load, name), name, socket, run_options(options))
+
+
+def _serve(app: Milter[Any, Any], listener: Listener, options: RunOptions) -> None:
+    bell = Bell()
+    with bell.rung_by_signals():
+        server = Server(app, listener, bell, **those_of_start(options)).start()
+        try:
+            server.wait()
+        finally:
+            server.stop()
+
+
+@contextlib.contextmanager
+def _prepared(socket: str | None, options: RunOptions) -> Any:
+    """What root can do, if it is wanted: the pidfile, the socket; and who to be."""
+    wanted = options["user"]
+    user = identity(wanted, options["group"]) if wanted is not None else None
+    with pidfile(options["pidfile"]):
+        listener = open_listener(
+            socket,
+            backlog=options["backlog"],
+            remove_socket=options["remove_socket"],
+            mode=options["mode"],
+            group=user.group if user is not None else options["group"],
+            owner=user.user if user is not None else None,
+        )
+        with contextlib.closing(listener):
+            yield listener, user
+
+
+def _supervise(get: Any, name: str, socket: str | None, options: RunOptions) -> int:
+    with _prepared(socket, options) as (listener, user):
+        work = functools.partial(_work, get, listener, user, options)
+        return Supervisor(listener, options["workers"], work, grace=options["grace"], name=name).run()
+
+
+def _work(get: Any, listener: Listener, user: Identity | None, options: RunOptions, control: sockets.socket) -> int:
+    """In a worker."""
+    from milter.worker import work
+
+    def make(bell: Bell) -> Server:
+        if user is not None:
+            user.take_on()
+        return Server(get(), SharedListener.of(listener), bell, **those_of_start(options))
+
+    return work(make, control)
