@@ -137,10 +137,10 @@ def wait_for_signal_thread() -> None:
 def _waits_for_signals(task: Path) -> bool:
     """All signals are blocked in libmilter's threads; sigwait(3) unblocks those it waits for."""
     try:
-        status = (task / "status").read_text("ascii", "replace")
+        status = (task / "status").read_bytes()
     except OSError:  # a thread that has ended
         return False
-    blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+    blocked = int(status.partition(b"SigBlk:")[2].split()[0], 16)
     return _has(blocked, signal.SIGUSR1) and not _has(blocked, signal.SIGTERM)
 
 

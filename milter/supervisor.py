@@ -182,7 +182,7 @@ class Supervisor:
         self._fill(self._next or self._generation)
         if not self._served and self._all_ready(self._generation):
             self._served = True
-            notify.ready()
+            self._settle()
 
     # ---- Workers
 
@@ -270,9 +270,9 @@ class Supervisor:
     # ---- Reload
 
     def _reload(self) -> None:
-        if self._stopping or not self._served:
+        if self._stopping:
             return
-        if self._next is not None:
+        if self._next is not None or not self._served:
             self._reload_again = True
             return
         log.info("%s is loaded again", self._name)
@@ -288,14 +288,14 @@ class Supervisor:
         self._deaths = 0
         self._tell(old, DRAIN, self._grace + _KILL_AFTER)
         log.info("%s was loaded again: %d new workers serve", self._name, self._count)
-        self._end_reload()
+        self._settle()
 
     def _give_up_reload(self) -> None:
         assert self._next is not None
         log.error("%s was not loaded again: its new version does not start. The old one goes on", self._name)
         self._tell(self._of(self._next), END, _KILL_AFTER)
         self._generation, self._next = self._renumbered(self._next + 1), None
-        self._end_reload()
+        self._settle()
 
     def _renumbered(self, generation: int) -> int:
         """The workers that serve get a number that no other worker has had."""
@@ -303,7 +303,8 @@ class Supervisor:
             worker.generation = generation
         return generation
 
-    def _end_reload(self) -> None:
+    def _settle(self) -> None:
+        """One generation serves, and no other is coming."""
         notify.ready()
         if self._reload_again:
             self._reload_again = False
