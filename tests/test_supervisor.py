@@ -342,7 +342,8 @@ def test_a_reload_takes_new_code_and_lets_old_messages_end(run: Any) -> None:
     process.write(FILTER.replace('VERSION = "1"', 'VERSION = "two"'))
     process.reload()
     process.log.wait_for("was loaded again: 2 new workers serve")
-    process.log.wait_for_count("the end of open connections: 1", 1)
+    process.log.wait_for("the end of open connections: 1")
+    process.stdout.wait_for("stop 1")  # neither of the old ones accepts connections now
     assert {process.version() for _ in range(8)} == {"two"}
     end = send_content(old)
     assert next(event.value for event in end.events if isinstance(event, AddHeader)) == "1"
