@@ -8,7 +8,7 @@ call. For each event
    the beginning of a message;
 2. a context is made, and the handlers of the stage run in the order of their registration, until one
    gives a verdict other than CONTINUE; what a handler raises becomes the answer that the filter's policy
-   has for it;
+   has for it; a coroutine is waited for, see :mod:`milter.loop`;
 3. the context expires, and the conversation takes note again: an accepted recipient, the message's end.
 
 At the end of a message, handlers of on_message get all of it; what they edited is left with the call, to be sent
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from milter.app import WHOLE_MESSAGE, Handler, Milter
 from milter.context import Call, Context, Conversation, EomContext, NegotiateContext, Transaction, expire
+from milter.coroutines import NoEventLoop, refuse_awaitable
 from milter.edits import Change, Numbering, changes, needed
 from milter.envelope import Address
 from milter.errors import ActionError, HandlerError, MilterError
@@ -134,11 +135,12 @@ _Reader: TypeAlias = Callable[[_Step, _Fields, _Connection, Call], Decision]
 
 
 class Engine:
-    """Runs the handlers of one filter. `on_shutdown` is told the failure that shall stop the filter."""
+    """Runs the handlers of one filter, coroutines on `loop`. `on_shutdown` is told the failure that shall stop it."""
 
-    def __init__(self, app: Milter[Any, Any], on_shutdown: Callable[[HandlerError], None]) -> None:
+    def __init__(self, app: Milter[Any, Any], loop: NoEventLoop, on_shutdown: Callable[[HandlerError], None]) -> None:
         self.app = app
         self.plan = make_plan(app)
+        self._loop = loop
         self._on_shutdown = on_shutdown
         self._gathers = self.plan.gathers
         self._leading_space = self.plan.shows_leading_space
@@ -370,7 +372,10 @@ class Engine:
                 continue
             try:
                 given = (_whole(transaction, call),) if handler.form is WHOLE_MESSAGE else arguments
-                decision = self._checked(handler, handler.function(context, *given), stage)
+                verdict = handler.function(context, *given)
+                if handler.asynchronous:
+                    verdict = self._loop.answer(verdict, handler.name)
+                decision = self._checked(handler, verdict, stage)
                 if transaction is not None and transaction.body_failure is not None:
                     raise transaction.body_failure
             except BaseException as failure:
@@ -395,6 +400,7 @@ class Engine:
         if verdict is None or (verdict is CONTINUE and not handler.observes):
             return CONTINUE
         if not isinstance(verdict, Status | Reply):
+            refuse_awaitable(verdict, handler.name)
             raise TypeError(
                 f"{handler.name} returned {verdict!r}; a handler returns a milter.Status, a milter.Reply or None"
             )

@@ -39,6 +39,7 @@ struct milter_plan {
     int negotiates;
     int gathers;
     int leading_space;
+    int waits;
     size_t spool_size;
     const char *spool_directory;
 };
