@@ -159,6 +159,7 @@ class Options(TypedDict):
     spool_size: NotRequired[int]
     spool_directory: NotRequired[str | os.PathLike[str] | None]
     handler_timeout: NotRequired[float | None]
+    progress: NotRequired[float | None]
 
 
 class Milter(Generic[S, T]):
@@ -186,6 +187,9 @@ class Milter(Generic[S, T]):
         handler_timeout: seconds that one call of an ``async def`` handler may take. Then it is cancelled
             (``asyncio.CancelledError`` is raised where it waits), and ``on_error`` has the answer. None: no limit.
             It concerns coroutines alone: a plain function cannot be interrupted.
+        progress: seconds after which, again and again, the MTA is told that handlers are still at work at the end of a
+            message, so that it goes on waiting (``smfi_progress``); never between two pieces of a new body. None or 0:
+            only :meth:`EomContext.signal_progress <milter.EomContext.signal_progress>` tells it.
 
     Handlers of a stage run in the order of their registration, until one gives a verdict other than
     ``CONTINUE``. A handler annotated ``-> None`` promises never to reply: when all handlers of a
@@ -246,6 +250,7 @@ class Milter(Generic[S, T]):
         spool_size: int = 1 << 20,
         spool_directory: str | os.PathLike[str] | None = None,
         handler_timeout: float | None = None,
+        progress: float | None = 30.0,
     ) -> None:
         if not name or "\0" in name:
             raise ValueError(f"{name!r} cannot be the name of a filter")
@@ -268,6 +273,9 @@ class Milter(Generic[S, T]):
                 f"handler_timeout must be more than 0 seconds, or None for no limit, not {handler_timeout}"
             )
         self.handler_timeout = handler_timeout
+        if progress is not None and not 0 <= progress < math.inf:
+            raise ValueError(f"progress must be a number of seconds, or None for never, not {progress}")
+        self.progress = progress
         self.handlers: dict[Stage, list[Handler]] = {stage: [] for stage in Stage}
         self.start_hooks: list[Callable[[], object]] = []
         self.stop_hooks: list[Callable[[], object]] = []

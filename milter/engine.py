@@ -33,6 +33,7 @@ from milter.envelope import Address
 from milter.errors import ActionError, HandlerError, MilterError
 from milter.message import Message, freeze
 from milter.plan import Plan, make_plan
+from milter.progress import Progress
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage
 from milter.verdict import MEANINGFUL, Reply, Status, Verdict
 
@@ -142,6 +143,7 @@ class Engine:
         self.plan = make_plan(app)
         self._loop = loop
         self._on_shutdown = on_shutdown
+        self.progress = self._progress()
         self._gathers = self.plan.gathers
         self._leading_space = self.plan.shows_leading_space
         self._sees_refused = self.plan.sees_refused_recipients
@@ -163,6 +165,12 @@ class Engine:
             "X": (self._over, Stage.ABORT),
         }
         self._records = {letter: (reader, self._steps[stage]) for letter, (reader, stage) in readers.items()}
+
+    def _progress(self) -> Progress | None:
+        """If any handlers run at the end of a message, those of earlier stages that only observe among them."""
+        if not self.app.progress or not (Stage.EOM in self.plan.handled or self.plan.deferred):
+            return None
+        return Progress(self.app.progress)
 
     def _step(self, stage: Stage) -> _Step:
         silent = stage in self.plan.silent or stage in _WITHOUT_REPLY
