@@ -22,6 +22,7 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
+from time import monotonic
 from typing import Any
 
 from milter._shim import ffi, lib
@@ -274,17 +275,17 @@ def milter_python_enter(event: Any) -> int:
 
 
 def _end_of_message(engine: Engine, call: SessionCall, event: Any, text: str) -> Answer:
-    progress = engine.progress
+    silent_since = engine.silent_since
     content = GatheredContent(event) if engine.plan.gathers else None
     if content is not None:
         call.content = content
-    if progress is not None:
-        progress.begin(call)
+    if silent_since is not None:
+        silent_since[call] = monotonic()
     try:
         return engine.enter(call, event.number, text)
     finally:
-        if progress is not None:
-            progress.end(call)
+        if silent_since is not None:
+            silent_since.pop(call, None)
         if content is not None:
             content.close()
 

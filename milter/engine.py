@@ -144,6 +144,7 @@ class Engine:
         self._loop = loop
         self._on_shutdown = on_shutdown
         self.progress = self._progress()
+        self.silent_since = self.progress.silent_since if self.progress is not None else None
         self._gathers = self.plan.gathers
         self._leading_space = self.plan.shows_leading_space
         self._sees_refused = self.plan.sees_refused_recipients

@@ -3,19 +3,20 @@
 
 MTAs wait for the answer to the end of a message a few minutes, and from the beginning again after each progress packet
 (``smfi_progress``). A thread of its own sends them, for all messages of the run. It sleeps until the first one is due;
-a message whose handlers are quicker than that costs an entry in a dict, made and taken away.
+a message whose handlers are quicker than that costs an entry in a table, made and taken away.
 
 The invariants:
 
 - No progress packet follows the return of the handlers. Each call into Python has a token, which is withdrawn under the
   session's lock when the call returns, before any change or verdict is written; and a packet is written under the same
-  lock, only while the token is valid (``milter_offer_progress`` in shim/milter_shim.c). So :meth:`Progress.end`
-  need not wait for this thread, and an entry that it left behind by a hair is found out at its next turn.
+  lock, only while the token is valid (``milter_offer_progress`` in shim/milter_shim.c). So who takes a call from the
+  table need not wait for this thread, and a call that it puts back at that very moment is found out at its next turn.
 - None comes between two pieces of a new body: see there.
 - One MTA that does not read holds up no other: nothing here waits for a session's lock or, where libmilter's I/O is
   wrapped, for a socket.
 
-The table is changed by single dict operations, which are atomic.
+The table is changed by single dict operations, which are atomic, and without a method call: it is in the way of each
+message.
 """
 
 import threading
@@ -24,7 +25,7 @@ from typing import Protocol
 
 __all__ = ["Progress"]
 
-_AHEAD = 8  # who is due within so small a part of the interval is served at once: that saves wake-ups
+_NEARLY = 7 / 8  # who has waited for so much of the interval is served with the others: that saves wake-ups
 _LAST_WAIT = 1.0  # seconds
 
 
@@ -36,11 +37,13 @@ class Call(Protocol):
 
 
 class Progress:
-    """Sends progress for each call between :meth:`begin` and :meth:`end`, at least every `interval` seconds."""
+    """Sends progress for each call in the table :attr:`silent_since`, at least every `interval` seconds."""
 
     def __init__(self, interval: float) -> None:
         self._interval = interval
-        self._due: dict[Call, float] = {}
+        self.silent_since: dict[Call, float] = {}
+        """When the handlers began, or the last progress was shown (``time.monotonic``). The thread that runs the
+        handlers puts their call in before, and takes it out afterwards, if it is still there."""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="milter progress", daemon=True)
 
@@ -51,27 +54,20 @@ class Progress:
         self._stopped.set()
         self._thread.join(_LAST_WAIT)
 
-    def begin(self, call: Call) -> None:
-        """By the thread that is about to run the handlers."""
-        self._due[call] = time.monotonic() + self._interval
-
-    def end(self, call: Call) -> None:
-        """By the same thread, afterwards."""
-        self._due.pop(call, None)
-
     def _run(self) -> None:
         seconds = self._interval  # who begins after a look is not due before that
         while not self._stopped.wait(seconds):
             self._serve(time.monotonic())
-            first = min(self._due.copy().values(), default=None)
-            seconds = self._interval if first is None else max(first - time.monotonic(), 0.0)
+            now = time.monotonic()
+            first = min(self.silent_since.copy().values(), default=now)
+            seconds = max(first + self._interval - now, 0.0)
 
     def _serve(self, now: float) -> None:
-        soon = now + self._interval / _AHEAD
-        for call, due in self._due.copy().items():
-            if due > soon:
+        long_ago = now - self._interval * _NEARLY
+        for call, since in self.silent_since.copy().items():
+            if since > long_ago:
                 continue
             if not call.offer_progress():
-                self.end(call)
-            elif call in self._due:
-                self._due[call] = now + self._interval
+                self.silent_since.pop(call, None)
+            elif call in self.silent_since:
+                self.silent_since[call] = now

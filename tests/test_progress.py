@@ -3,6 +3,7 @@
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -133,8 +134,7 @@ def test_a_short_handler_shows_none(serve: Serve) -> None:
     assert end.changes == ()
     assert end.events == ()
     assert end.answer.verdict is Verdict.ACCEPT
-    assert peer.server.engine.progress is not None
-    assert peer.server.engine.progress._due == {}
+    assert peer.server.engine.silent_since == {}
 
 
 @pytest.mark.parametrize("progress", [None, 0, 0.0])
@@ -220,9 +220,8 @@ def test_an_mta_that_is_gone_is_not_tried_again(serve: Serve) -> None:
     peer.forget(gone)
     other = ask_at_end(peer.greeted())
     await_progress(other, 5)
-    progress = peer.server.engine.progress
-    assert progress is not None
-    assert len(progress._due) == 1
+    assert peer.server.engine.silent_since is not None
+    assert len(peer.server.engine.silent_since) == 1
     seen.set()
     assert rest(other) == [b"c"]
 
@@ -259,7 +258,7 @@ class Offered:
     def offer_progress(self) -> bool:
         self.offers += 1
         if self.offers == self._most:
-            self._progress.end(self)
+            self._progress.silent_since.pop(self)
             self.enough.set()
         return self.offers < self._most
 
@@ -268,23 +267,24 @@ def test_a_call_that_ends_while_it_is_served_does_not_come_back() -> None:
     progress = Progress(OFTEN)
     calls = [Offered(progress, most) for most in (1, 5, 20)]
     for call in calls:
-        progress.begin(call)
+        progress.silent_since[call] = time.monotonic()
     progress.start()
     assert all(call.enough.wait(LIMIT) for call in calls)
     progress.stop()
     assert [call.offers for call in calls] == [1, 5, 20]
-    assert progress._due == {}
+    assert progress.silent_since == {}
 
 
 def test_a_look_serves_who_is_due_and_nobody_else() -> None:
     progress = Progress(100.0)
     early, late = Offered(progress, 10), Offered(progress, 10)
-    progress.begin(early)
-    progress.begin(late)
-    progress._due[late] += 50
-    progress._serve(progress._due[early])
+    progress.silent_since[early] = 1000.0
+    progress.silent_since[late] = 1050.0
+    progress._serve(1050.0)
+    assert (early.offers, late.offers) == (0, 0)
+    progress._serve(1100.0)
     assert (early.offers, late.offers) == (1, 0)
-    progress._serve(progress._due[late])
+    progress._serve(1150.0)
     assert (early.offers, late.offers) == (1, 1)
-    progress._serve(progress._due[late] + 1)
+    progress._serve(1240.0)
     assert (early.offers, late.offers) == (2, 2)
