@@ -4,7 +4,8 @@
 The order of a start: the socket is opened (so its errors come first), the on_start hooks run,
 libmilter begins to accept. The order of a stop: no more connections; open ones may end within
 `grace` seconds; the gate into Python is closed; the handlers still running are waited for; the
-on_stop hooks run.
+on_stop hooks run. Coroutines (:mod:`milter.loop`) that are not done by then are cancelled; the event loop begins before
+the on_start hooks, and ends after the on_stop hooks.
 
 The invariant at the end: the gate is closed and no handler runs, so the interpreter can be
 finalized, or the process leaves without finalizing it (:func:`_leave`).
@@ -22,6 +23,7 @@ from typing import Any, Unpack
 
 from milter.app import Milter
 from milter.binding import Run
+from milter.coroutines import NoEventLoop, event_loop_for
 from milter.engine import Engine
 from milter.errors import HandlerError, MilterError
 from milter.libmilter import libmilter
@@ -55,6 +57,7 @@ class Server:
         self._options = start_options(options)
         self._listener: Listener | None = None
         self._run: Run | None = None
+        self._loop = NoEventLoop()
         self._failure: HandlerError | None = None
         self._stopped = False
         self.asked_to_stop = False
@@ -89,9 +92,10 @@ class Server:
         listener = self._socket if isinstance(self._socket, Listener) else _open(self._socket, options)
         try:
             with _only_one(self):
+                self._loop = event_loop_for(self._app.functions, self._app.handler_timeout)
                 for hook in self._app.start_hooks:
-                    hook()
-                self._run = Run(Engine(self._app, self._shut_down))
+                    self._loop.run_hook(hook)
+                self._run = Run(Engine(self._app, self._loop, self._shut_down))
                 self._app.server = self
                 libmilter.serve(
                     listener.socket,
@@ -104,6 +108,7 @@ class Server:
             if self._run is not None:
                 self._run.close_gate()
                 self._run.forget()
+            self._loop.stop()
             listener.close()
             raise
         self._listener = listener
@@ -138,8 +143,9 @@ class Server:
         self._drain(self._run, self._listener, self._options["grace"] if grace is None else grace)
         with contextlib.ExitStack() as stack:  # each of them, the last first, whatever the others raise
             stack.callback(self._bell.close)
+            stack.callback(self._loop.stop)
             for hook in self._app.stop_hooks:
-                stack.callback(hook)
+                stack.callback(self._loop.run_hook, hook)
         if self._failure is not None:
             raise self._failure
 
@@ -157,7 +163,7 @@ class Server:
         while looks > 0 and time.monotonic() < end and not self._bell.insists(_STEP):
             looks = _LOOKS if run.wait_sessions(0) or listener.connections() else looks - 1
         run.close_gate()
-        if run.wait_handlers(int(_LAST_WAIT * 1000)):
+        if run.wait_handlers(int(_LAST_WAIT * 1000)) and not self._loop.end_handlers(run.wait_handlers):
             log.critical("handlers are still running: the process will end without waiting for them")
             return
         run.forget()
@@ -213,10 +219,12 @@ def _only_one(server: Server) -> Iterator[None]:
 def _leave() -> None:
     """A handler that enters a finalized interpreter would crash the process: let none, wait for the last ones."""
     here = [server for server in _running if server._process == os.getpid()]
-    runs = [server._run for server in here if server._run is not None]
-    for started in runs:
-        started.close_gate()
-    if any(started.wait_handlers(int(_LAST_WAIT * 1000)) for started in runs):
+    started = [(server._run, server._loop) for server in here if server._run is not None]
+    for run, _ in started:
+        run.close_gate()
+    if any(
+        run.wait_handlers(int(_LAST_WAIT * 1000)) and not loop.end_handlers(run.wait_handlers) for run, loop in started
+    ):
         log.critical("handlers did not end: the process ends without them")
         logging.shutdown()
         os._exit(_EXIT_UNFINISHED)
