@@ -22,6 +22,7 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
+from mmap import mmap
 from time import monotonic
 from typing import Any
 
@@ -76,11 +77,13 @@ class SessionCall:
         "chunks",
         "content",
         "granted_actions",
+        "message_began",
         "stage",
     )
 
     content: "GatheredContent"
     chunks: bytes
+    message_began: int
 
     def __init__(self, session: Any, token: int, stage: Stage, plan: Plan, actions: int, steps: int) -> None:
         self._session = session
@@ -263,6 +266,8 @@ def milter_python_enter(event: Any) -> int:
         engine.forget(event.ended[0 : event.ended_count])
     stage = _STAGES[event.stage]
     call = SessionCall(event.session, event.token, stage, engine.plan, event.actions, event.steps)
+    if engine.ledger is not None:
+        call.message_began = event.message_began
     text = ffi.unpack(event.log, event.log_size).decode("utf-8", "surrogateescape")
     if event.chunks_size:
         call.chunks = ffi.unpack(event.chunks, event.chunks_size)
@@ -364,6 +369,8 @@ class Run:
         self._number = next(_numbers)
         _engines[self._number] = engine
         plan, _keep_alive = _shim_plan(engine.plan, self._number)
+        if engine.ledger is not None and engine.ledger.open_connections is not None:
+            plan.open_sessions = _place(engine.ledger.open_connections)
         self._run = lib.milter_begin(plan)
         if not self._run:
             raise MemoryError("no memory for a run of the filter")
@@ -391,7 +398,21 @@ class Run:
         """After the gate is closed and no handler runs."""
         if self.engine.progress is not None:
             self.engine.progress.stop()
+        self.engine.close()
         _engines.pop(self._number, None)
+
+
+_places: list[Any] = []
+
+
+def _place(buffer: mmap) -> Any:
+    """Where the shim counts open sessions: kept for ever, since one may end after its run."""
+    place = ffi.from_buffer("int[]", buffer)
+    _places.append(place)
+    return place
+
+
+_ENDS = (Stage.EOM, Stage.ABORT)
 
 
 def _shim_plan(plan: Plan, number: int) -> tuple[Any, list[Any]]:
@@ -419,6 +440,8 @@ def _shim_plan(plan: Plan, number: int) -> tuple[Any, list[Any]]:
 
 
 def _mode(plan: Plan, stage: Stage) -> int:
+    if plan.followed and stage in _ENDS:
+        return int(lib.MILTER_ENTER)
     if stage in plan.handled:
         return int(lib.MILTER_DEFER if stage in plan.deferred else lib.MILTER_ENTER)
     return int(lib.MILTER_RECORD if stage in plan.remembered else lib.MILTER_IGNORE)

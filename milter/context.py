@@ -43,6 +43,9 @@ class Call(Protocol):
     when they were not sent.
     """
 
+    message_began: int
+    """When MAIL came, in nanoseconds of ``CLOCK_MONOTONIC``; told only to a ledger."""
+
     @property
     def stage(self) -> Stage: ...
     @property

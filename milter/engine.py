@@ -31,6 +31,7 @@ from milter.coroutines import NoEventLoop, refuse_awaitable
 from milter.edits import Change, Numbering, changes, needed
 from milter.envelope import Address
 from milter.errors import ActionError, HandlerError, MilterError
+from milter.ledger import Ledger
 from milter.message import Message, freeze
 from milter.plan import Plan, make_plan
 from milter.progress import Progress
@@ -136,11 +137,24 @@ _Reader: TypeAlias = Callable[[_Step, _Fields, _Connection, Call], Decision]
 
 
 class Engine:
-    """Runs the handlers of one filter, coroutines on `loop`. `on_shutdown` is told the failure that shall stop it."""
+    """Runs the handlers of one filter.
 
-    def __init__(self, app: Milter[Any, Any], loop: NoEventLoop, on_shutdown: Callable[[HandlerError], None]) -> None:
+    Arguments:
+        loop: runs coroutines.
+        on_shutdown: is told the failure that shall stop the filter.
+        ledger: takes notes, if somebody wants to know.
+    """
+
+    def __init__(
+        self,
+        app: Milter[Any, Any],
+        loop: NoEventLoop,
+        on_shutdown: Callable[[HandlerError], None],
+        ledger: Ledger | None = None,
+    ) -> None:
         self.app = app
-        self.plan = make_plan(app)
+        self.ledger = ledger
+        self.plan = make_plan(app, followed=ledger is not None)
         self._loop = loop
         self._on_shutdown = on_shutdown
         self.progress = self._progress()
@@ -166,6 +180,8 @@ class Engine:
             "X": (self._over, Stage.ABORT),
         }
         self._records = {letter: (reader, self._steps[stage]) for letter, (reader, stage) in readers.items()}
+        if ledger is not None:
+            self._records = ledger.noting(self._records, leading_space=self._leading_space)
 
     def _progress(self) -> Progress | None:
         """If any handlers run at the end of a message, those of earlier stages that only observe among them."""
@@ -205,7 +221,15 @@ class Engine:
     def forget(self, numbers: Iterable[int]) -> None:
         """These connections are gone, and nobody waits to be told."""
         for number in numbers:
-            self._connections.pop(number, None)
+            connection = self._connections.pop(number, None)
+            if self.ledger is not None and connection is not None:
+                self.ledger.left(connection)
+
+    def close(self) -> None:
+        """No event comes any more. A message that is still under way the shim fails."""
+        if self.ledger is not None:
+            for connection in list(self._connections.values()):
+                self.ledger.left(connection)
 
     def enter(self, call: Call, number: int, text: str) -> Answer:
         """Replay a log, and answer the event at its end."""
@@ -448,6 +472,8 @@ class Engine:
             "no reply is possible there" if stage in _WITHOUT_REPLY else f"answer: {_on_one_line(decision)}",
             exc_info=failure,
         )
+        if self.ledger is not None:
+            self.ledger.raised(handler.name, stage, connection)
         if policy == "shutdown":
             error = HandlerError(f"{handler.name} failed in {handler.form.decorator}: {failure!r}")
             error.__cause__ = failure

@@ -28,6 +28,10 @@ class StartOptions(TypedDict, total=False):
     """libmilter's debug level, 0 to 6: what it does, on standard output (``smfi_setdbg``)."""
     max_data_size: int
     """Bytes of one packet of the protocol, for an MTA built for larger ones; 65535 (``smfi_setmaxdatasize``)."""
+    access_log: bool
+    """A line for each message, to the logger ``milter.access``; False. See :mod:`milter.access`."""
+    metrics: str | None
+    """Where Prometheus can ask for figures, ``host:port`` or a port of 127.0.0.1; None. See :mod:`milter.metrics`."""
 
 
 class RunOptions(StartOptions, total=False):
@@ -50,6 +54,8 @@ _START_DEFAULTS: StartOptions = {
     "grace": 30.0,
     "debug": 0,
     "max_data_size": _PACKET,
+    "access_log": False,
+    "metrics": None,
 }
 _RUN_DEFAULTS: RunOptions = {**_START_DEFAULTS, "workers": 1, "user": None, "pidfile": None}
 

@@ -59,6 +59,8 @@ class Plan:
     """The names that decorators declare, by the list that brings them."""
     known_macros: tuple[str, ...]
     negotiates: bool
+    followed: bool
+    """A ledger wants to know how each message ends."""
 
     def requests(self, more: dict[MacroList, list[str]]) -> dict[MacroList, tuple[str, ...]]:
         """The lists to ask for: those declared, and `more` of one negotiation."""
@@ -68,7 +70,7 @@ class Plan:
         }
 
 
-def make_plan(app: Milter[Any, Any]) -> Plan:
+def make_plan(app: Milter[Any, Any], *, followed: bool = False) -> Plan:
     handled = frozenset(stage for stage in Stage if app.handlers[stage])
     silent = frozenset(stage for stage in _REPLYING_STAGES if all(handler.observes for handler in app.handlers[stage]))
     gathers = any(handler.form is WHOLE_MESSAGE for handler in app.handlers[Stage.EOM])
@@ -90,6 +92,7 @@ def make_plan(app: Milter[Any, Any]) -> Plan:
         declared_macros=declared,
         known_macros=known_macros(name for names in declared.values() for name in names),
         negotiates=Stage.NEGOTIATE in handled,
+        followed=followed,
     )
 
 

@@ -26,8 +26,10 @@ from milter.binding import Run
 from milter.coroutines import NoEventLoop, event_loop_for
 from milter.engine import Engine
 from milter.errors import HandlerError, MilterError
+from milter.ledger import Ledger, open_books
 from milter.libmilter import libmilter
 from milter.listener import Listener, open_listener
+from milter.metrics import Exporter, open_exporter
 from milter.options import StartOptions, start_options
 from milter.signals import Bell
 
@@ -58,6 +60,7 @@ class Server:
         self._listener: Listener | None = None
         self._run: Run | None = None
         self._loop = NoEventLoop()
+        self._exporter: Exporter | None = None
         self._failure: HandlerError | None = None
         self._stopped = False
         self.asked_to_stop = False
@@ -71,6 +74,11 @@ class Server:
         if self._listener is None:
             raise MilterError("the filter is not running")
         return str(self._listener)
+
+    @property
+    def metrics_address(self) -> str | None:
+        """Where the metrics are told, with the port chosen for port 0; None: nowhere, or in another process."""
+        return self._exporter.address if self._exporter is not None else None
 
     @property
     def engine(self) -> Engine:
@@ -93,9 +101,10 @@ class Server:
         try:
             with _only_one(self):
                 self._loop = event_loop_for(self._app.functions, self._app.handler_timeout)
+                self._exporter = open_exporter(options["metrics"])
                 for hook in self._app.start_hooks:
                     self._loop.run_hook(hook)
-                self._run = Run(Engine(self._app, self._loop, self._shut_down))
+                self._run = Run(Engine(self._app, self._loop, self._shut_down, self._open_books()))
                 self._app.server = self
                 libmilter.serve(
                     listener.socket,
@@ -109,10 +118,19 @@ class Server:
                 self._run.close_gate()
                 self._run.forget()
             self._loop.stop()
+            self._close_exporter()
             listener.close()
             raise
         self._listener = listener
         log.info("%s is listening on %s", self._app.name, listener)
+
+    def _open_books(self) -> Ledger | None:
+        collector = self._exporter.collector if self._exporter is not None else None
+        return open_books(self._options["access_log"], collector)
+
+    def _close_exporter(self) -> None:
+        if self._exporter is not None:
+            self._exporter.close()
 
     def request_stop(self) -> None:
         """Ask for the stop, from a handler or any thread; returns at once."""
@@ -144,6 +162,7 @@ class Server:
         with contextlib.ExitStack() as stack:  # each of them, the last first, whatever the others raise
             stack.callback(self._bell.close)
             stack.callback(self._loop.stop)
+            stack.callback(self._close_exporter)
             for hook in self._app.stop_hooks:
                 stack.callback(self._loop.run_hook, hook)
         if self._failure is not None:

@@ -42,6 +42,7 @@ struct milter_plan {
     int waits;
     size_t spool_size;
     const char *spool_directory;
+    int *open_sessions;
 };
 struct milter_run;
 struct milter_session;
@@ -51,6 +52,7 @@ struct milter_event {
     uint64_t number;
     int app;
     int stage;
+    uint64_t message_began;
     int ended_count;
     uint64_t ended[16];
     int content_error;

@@ -98,6 +98,9 @@ struct milter_run {
     atomic_int sessions; /* open connections of MTAs */
 };
 
+_Static_assert(sizeof(atomic_int) == sizeof(int) && ATOMIC_INT_LOCK_FREE == 2,
+               "whoever looks on reads the count of sessions as an int");
+
 struct milter_session {
     pthread_mutex_t lock;
     /* Under the lock, since contexts in other threads look at them: */
@@ -112,6 +115,7 @@ struct milter_session {
     uint64_t number;
     int descriptor;  /* for io.c; -1 when libmilter's I/O is not wrapped */
     bool in_message; /* between MAIL and the message's end */
+    uint64_t message_began;
     bool known;      /* Python has heard of this session */
     bool seen;       /* Python has heard of this message */
     bool owed;
@@ -158,6 +162,14 @@ static const unsigned long no_reply_bit[MILTER_STAGES] = {
 
 /* ---- Sessions: made, remembered, released ----------------------------------------------- */
 
+/* By the thread that serves the session, without a lock. */
+static void count_session(struct milter_run *run, int change)
+{
+    atomic_fetch_add(&run->sessions, change);
+    if (run->plan.open_sessions != NULL)
+        atomic_fetch_add((atomic_int *)run->plan.open_sessions, change);
+}
+
 /* By a thread of libmilter, without a lock. The caller owns the session until release(). */
 static struct milter_session *new_session(SMFICTX *ctx, struct milter_run *run)
 {
@@ -187,6 +199,7 @@ static struct milter_session *new_session(SMFICTX *ctx, struct milter_run *run)
 
     session->run = run;
     session->number = atomic_fetch_add(&last_number, 1) + 1;
+    session->message_began = 0;
     session->descriptor = milter_io_descriptor();
     session->in_message = session->known = session->seen = false;
     session->owed = session->tracked = session->held = false;
@@ -198,7 +211,7 @@ static struct milter_session *new_session(SMFICTX *ctx, struct milter_run *run)
     session->message_mark = session->record_mark = session->header_size = 0;
     content_init(&session->content);
     session->next = NULL;
-    atomic_fetch_add(&run->sessions, 1);
+    count_session(run, 1);
     return session;
 }
 
@@ -237,7 +250,7 @@ static void release(struct milter_session *session)
         atomic_fetch_add(&run->unheard, 1);
     pthread_mutex_unlock(&registry_lock);
 
-    atomic_fetch_sub(&run->sessions, 1);
+    count_session(run, -1);
 }
 
 /*
@@ -476,6 +489,7 @@ static struct milter_event event_of(struct milter_session *session, uint64_t tok
         .number = session->number,
         .app = session->run->plan.app,
         .stage = (int)stage,
+        .message_began = session->message_began,
         .actions = session->actions,
         .steps = session->steps,
         .log = session->log.bytes,
@@ -744,6 +758,15 @@ static sfsistat on_helo(SMFICTX *ctx, char *name)
     return conclude(session, MILTER_HELO, NULL, 0);
 }
 
+/* Nanoseconds of the clock that Python reads by the same name. */
+static uint64_t monotonic_now(void)
+{
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
+}
+
 static sfsistat on_mail(SMFICTX *ctx, char **arguments)
 {
     struct milter_session *session = session_of(ctx);
@@ -752,6 +775,7 @@ static sfsistat on_mail(SMFICTX *ctx, char **arguments)
         return HANG_UP;
     abort_message(session); /* an unknown command hides from libmilter that one is under way */
     session->in_message = true;
+    session->message_began = monotonic_now();
     session->seen = session->tracked = false;
     session->message_mark = session->log.size;
     pthread_mutex_lock(&session->lock);
@@ -969,7 +993,11 @@ size_t milter_set_max_data_size(size_t size)
     return smfi_setmaxdatasize(size);
 }
 
-/* The plan is copied; connections from now on follow it. NULL: out of memory. */
+/*
+ * The plan is copied; connections from now on follow it. Its place for the count
+ * of open sessions stays the caller's, who keeps it for ever: sessions may end
+ * after the run. NULL: out of memory.
+ */
 struct milter_run *milter_begin(const struct milter_plan *plan)
 {
     struct milter_run *run = calloc(1, sizeof *run);

@@ -83,6 +83,7 @@ struct milter_plan {
     int waits;                         /* handlers are coroutines: events go into Python without a turn */
     size_t spool_size;                 /* bytes of a gathered message that stay in memory */
     const char *spool_directory;       /* for the file of a longer one */
+    int *open_sessions;                /* where to count them besides, for somebody who looks on; or NULL */
 };
 
 /* One run of a filter, from start to stop. */
@@ -96,6 +97,7 @@ struct milter_event {
     uint64_t number;        /* of the session */
     int app;
     int stage;              /* of the event at the end of the log */
+    uint64_t message_began; /* when MAIL came last: nanoseconds of CLOCK_MONOTONIC */
     int ended_count;        /* connections that are gone, whose objects Python can drop: */
     uint64_t ended[MILTER_ENDED];
     int content_error;      /* errno: the message could not be gathered */
