@@ -13,8 +13,8 @@ from milter._version import VERSION
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code. Wrong arguments exit with 2, as argparse does."""
     parsed = _parser().parse_args(arguments)
-    level = logging.INFO if parsed.run is run_command.main else logging.WARNING
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level, stream=sys.stderr)
+    if parsed.run is not run_command.main:  # which has options for that
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     run = parsed.run
     code: int = run(parsed)
     return code

@@ -15,7 +15,7 @@ __all__ = ["LoadError", "load"]
 
 
 class LoadError(MilterError):
-    """The filter cannot be loaded. The text begins with one line that says why; the user's own traceback follows."""
+    """The filter cannot be loaded. If its own code raised, the cause is that exception, with that code's traceback."""
 
 
 def load(specification: str) -> Milter[Any, Any]:
@@ -57,17 +57,16 @@ def _imported(name: str) -> Any:
                 f"there is no module {failure.name!r}: it was looked for in {os.getcwd()} and in the places of "
                 f"{sys.executable}"
             ) from None
-        raise LoadError(_told(name, failure)) from failure
+        raise _load_error(name, failure) from failure.with_traceback(_users_part(failure.__traceback__))
     except (KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as failure:  # SystemExit as well: a module that ends the process at its import
-        raise LoadError(_told(name, failure)) from failure
+        raise _load_error(name, failure) from failure.with_traceback(_users_part(failure.__traceback__))
 
 
-def _told(name: str, failure: BaseException) -> str:
+def _load_error(name: str, failure: BaseException) -> LoadError:
     reason = traceback.format_exception_only(failure)[-1].strip()
-    frames = "".join(traceback.format_tb(_users_part(failure.__traceback__)))
-    return f"the module {name!r} cannot be imported: {reason}\n{frames}".rstrip()
+    return LoadError(f"the module {name!r} cannot be imported: {reason}")
 
 
 def _users_part(frames: TracebackType | None) -> TracebackType | None:

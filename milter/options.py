@@ -2,7 +2,7 @@
 """How a filter is run: the options of ``start()``, and what ``run()`` and ``milter run`` have besides."""
 
 from collections.abc import Mapping
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 __all__ = ["RunOptions", "StartOptions", "run_options", "start_options", "those_of_start"]
 
@@ -43,6 +43,12 @@ class RunOptions(StartOptions, total=False):
     """Become this user, by name or number, when the socket is open and before any other code of the filter runs."""
     pidfile: str | None
     """A file for the number of the process that signals go to."""
+    log_level: str | None
+    """What Python's logging shows: ``debug``, ``info``, ``warning``, ``error``; None: logging stays as it is."""
+    log_format: Literal["text", "json"] | None
+    """How; see :mod:`milter.logs`."""
+    syslog: str | None
+    """Where to, instead of standard error: ``/dev/log``, or ``host:port`` of another machine's syslog."""
 
 
 _START_DEFAULTS: StartOptions = {
@@ -57,7 +63,15 @@ _START_DEFAULTS: StartOptions = {
     "access_log": False,
     "metrics": None,
 }
-_RUN_DEFAULTS: RunOptions = {**_START_DEFAULTS, "workers": 1, "user": None, "pidfile": None}
+_RUN_DEFAULTS: RunOptions = {
+    **_START_DEFAULTS,
+    "workers": 1,
+    "user": None,
+    "pidfile": None,
+    "log_level": None,
+    "log_format": None,
+    "syslog": None,
+}
 
 _LOWEST = {"timeout": 1, "backlog": 1, "grace": 0, "debug": 0, "max_data_size": _PACKET, "workers": 1}
 

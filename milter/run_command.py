@@ -15,6 +15,7 @@ from milter.runner import run_by_name
 __all__ = ["add_arguments", "main"]
 
 _EXIT_NOT_STARTED = 1
+_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +63,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time for open connections to end, at a stop [30]",
     )
+    parser.add_argument(
+        "--access-log",
+        action="store_true",
+        help="log a line for each message: client, envelope, verdict, changes",
+    )
+    parser.add_argument(
+        "--metrics", metavar="[HOST:]PORT", help="tell Prometheus figures there, on 127.0.0.1 if no host is given"
+    )
+    parser.add_argument("--log-level", choices=_LEVELS, default="info", help="the least that is logged [info]")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="[text]")
+    parser.add_argument(
+        "--syslog",
+        nargs="?",
+        const="/dev/log",
+        metavar="SOCKET|HOST[:PORT]",
+        help="log there, facility mail, and not to standard error [/dev/log]",
+    )
 
 
 def main(parsed: argparse.Namespace) -> int:
@@ -74,10 +92,15 @@ def main(parsed: argparse.Namespace) -> int:
         "timeout": parsed.timeout,
         "backlog": parsed.backlog,
         "grace": parsed.grace,
+        "access_log": parsed.access_log,
+        "metrics": parsed.metrics,
+        "log_level": parsed.log_level,
+        "log_format": parsed.log_format,
+        "syslog": parsed.syslog,
     }
     try:
         return run_by_name(parsed.filter, parsed.socket, options)
-    except MilterError as failure:
+    except (MilterError, ValueError) as failure:
         print(f"milter run: {failure}", file=sys.stderr)
         return _EXIT_NOT_STARTED
 

@@ -70,16 +70,25 @@ class Supervisor:
 
     Arguments:
         work: what a child does: with its end of the socket pair; returns its exit code.
+        forget: is called with the number of a worker that has ended.
         grace: seconds in which a worker drains.
         name: of the filter, for the log.
     """
 
     def __init__(
-        self, listener: Listener, count: int, work: Callable[[socket.socket], int], *, grace: float, name: str
+        self,
+        listener: Listener,
+        count: int,
+        work: Callable[[socket.socket], int],
+        forget: Callable[[int], None],
+        *,
+        grace: float,
+        name: str,
     ) -> None:
         self._listener = listener
         self._count = count
         self._work = work
+        self._forget = forget
         self._grace = grace
         self._name = name
         self._workers: dict[int, _Worker] = {}
@@ -238,6 +247,7 @@ class Supervisor:
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(worker.control)
         worker.control.close()
+        self._forget(worker.pid)
         if worker.told:
             if code == EXIT_FAILED:  # it told why
                 self._exit_code = self._exit_code or code

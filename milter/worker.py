@@ -48,7 +48,7 @@ class _Worker:
                 server = make(self._bell)
                 server.start()
             except MilterError as failure:
-                log.critical("%s", failure)
+                log.critical("%s", failure, exc_info=failure.__cause__)
                 return EXIT_NOT_STARTED
             except Exception:
                 log.critical("the filter could not be started", exc_info=True)

@@ -152,6 +152,8 @@ class FilterProcess:
         finally:
             self._process.kill()
             self._process.wait()
+            if error is not None:
+                sys.stdout.write(str(self))
             assert self._process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()

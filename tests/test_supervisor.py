@@ -2,11 +2,13 @@
 """``milter run``: workers, reload, stop. Real processes, real signals."""
 
 import contextlib
+import json
 import os
 import re
 import signal
 import socket
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,7 +134,7 @@ def test_a_message_under_way_is_finished_whoever_gets_the_signal(run: Any) -> No
     process.stdout.wait_for("waiting")
     for pid in (worker, process.pid, worker, worker):
         os.kill(pid, signal.SIGTERM)
-    process.log.wait_for("waiting up to 3600 seconds for the end of open connections: 1")
+    process.log.wait_for("waiting up to 3600 seconds for the end of open connections")
     os.kill(worker, signal.SIGTERM)
     process.say("go on")
     assert [client.receive().letter for _ in range(3)] == [b"h", b"h", b"c"]
@@ -146,7 +148,7 @@ def test_a_connection_that_has_said_nothing_yet_is_waited_for(run: Any) -> None:
     silent = Client.connect(process.socket)
     process.version()  # and this one, too
     process.signal(signal.SIGTERM)
-    process.log.wait_for("the end of open connections: 1")
+    process.log.wait_for("the end of open connections")
     silent.negotiate()
     silent.connect_info()
     silent.helo()
@@ -234,7 +236,7 @@ def test_an_error_in_the_users_module_is_told_in_a_line_with_its_own_traceback(t
     said = refused(tmp_path, text="import helper\n\nhelper.help()\n")
     first, *rest = [line for line in said.splitlines() if "before it could serve" not in line]
     assert first.endswith("the module 'thefilter' cannot be imported: KeyError: 'key'")
-    assert [line.split(", line")[0].strip() for line in rest if line.startswith("  File")] == [
+    assert [line.split(", line")[0].strip() for line in rest if line.lstrip().startswith("File")] == [
         f'File "{tmp_path}/thefilter.py"',
         f'File "{tmp_path}/helper.py"',
     ]
@@ -342,7 +344,7 @@ def test_a_reload_takes_new_code_and_lets_old_messages_end(run: Any) -> None:
     process.write(FILTER.replace('VERSION = "1"', 'VERSION = "two"'))
     process.reload()
     process.log.wait_for("was loaded again: 2 new workers serve")
-    process.log.wait_for("the end of open connections: 1")
+    process.log.wait_for("the end of open connections")
     process.stdout.wait_for("stop 1")  # neither of the old ones accepts connections now
     assert {process.version() for _ in range(8)} == {"two"}
     end = send_content(old)
@@ -482,6 +484,57 @@ def test_a_socket_that_systemd_passes(tmp_path: Path) -> None:
             assert send_message(client).answer.verdict is Verdict.CONTINUE
             client.close()
         assert (tmp_path / "activated").exists()
+
+
+# ---- What is told of the mail
+
+
+def test_the_log_is_json_with_a_line_for_each_message(run: Any) -> None:
+    process = run("--access-log", "--log-format", "json")
+    worker = process.worker()
+    process.stop()
+    entries = [json.loads(line) for line in process.stderr.lines]
+    (access,) = [entry for entry in entries if entry["logger"] == "milter.access"]
+    assert (access["pid"], access["level"], access["verdict"]) == (worker, "INFO", "accept")
+    assert (access["sender"], access["actions"]) == ("ann@client.example", {"add_header": 2})
+
+
+def test_a_log_level(run: Any) -> None:
+    process = run("--log-level", "warning")
+    process.version()
+    process.stop()
+    assert process.stderr.text == ""
+
+
+def test_metrics_are_those_of_all_workers(run: Any, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    process = run("--workers", "2", "--metrics", str(port), environment={"TMPDIR": str(tmp_path)})
+    process.starts(2)
+    clients = [process.greeted() for _ in range(8)]
+    for client in clients:
+        process.marks(client)
+    figures = scraped(port)
+    assert figures['milter_messages_total{verdict="accept"}'] == "8.0"
+    assert figures["milter_open_connections"] == "8.0"
+    for client in clients:
+        client.quit()
+        client.close()
+    process.reload()
+    process.stdout.wait_for_count("stop 1", 2)
+    process.version()
+    assert scraped(port)['milter_messages_total{verdict="accept"}'] == "9.0"
+    process.stop()
+    assert list(tmp_path.glob("milter-metrics-*")) == []
+    with pytest.raises(OSError, match="refused"):
+        scraped(port)
+
+
+def scraped(port: int) -> dict[str, str]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
+        lines = answer.read().decode().splitlines()
+    figures = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+    return {name: value for name, value in figures}  # noqa: C416  (mypy knows no pairs in lists)
 
 
 # ---- app.run(workers=…)
