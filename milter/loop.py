@@ -213,6 +213,7 @@ class EventLoop(NoEventLoop):
             outcome = task.result()
         if job.cancelled_because and outcome[1] is None:
             outcome = _cancelled(f"{job.cancelled_because}; what the coroutine returned afterwards does not count")
+        job.task = None  # which keeps its outcome, an exception whose traceback may refer to the job
         self._settle(job, outcome)
 
     def _cancel(self, job: _Job, because: str) -> None:

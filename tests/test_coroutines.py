@@ -241,6 +241,29 @@ def test_nothing_is_left_of_a_call_for_the_garbage_collector(serve: Serve) -> No
         gc.enable()
 
 
+def test_nothing_is_left_of_a_failure_for_the_garbage_collector() -> None:
+    class Witness:
+        pass
+
+    witnesses: list[weakref.ref[Witness]] = []
+
+    async def fail() -> None:
+        witness = Witness()
+        witnesses.append(weakref.ref(witness))
+        raise RuntimeError
+
+    running = EventLoop(None)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(RuntimeError):
+            running.answer(fail(), "fail")
+        running.stop()
+        assert witnesses[0]() is None
+    finally:
+        gc.enable()
+
+
 # ---- Failures
 
 
@@ -293,6 +316,7 @@ def test_a_plain_function_that_returns_an_awaitable_is_told_what_it_is(
     assert answer is not None
     assert answer.verdict is Verdict.TEMPFAIL
     assert "is a plain function and returned <coroutine object" in caplog.text
+    caplog.clear()  # the traceback refers to it
     gc.collect()
     assert [str(warning.message) for warning in recwarn if "never awaited" in str(warning.message)] == []
 
