@@ -68,15 +68,17 @@ def line(fields: Mapping[str, Any]) -> str:
 
 
 def _shown(key: str, value: Any) -> str:
+    if isinstance(value, str):
+        return _text(value)
     if value is None or value == [] or value == {}:
         return "-"
     if key == "refused":
-        return ",".join(f"{_text(entry['recipient'])}={_text(_answer(entry))}" for entry in value)
+        return ",".join([f"{_text(entry['recipient'])}={_text(_answer(entry))}" for entry in value])
     if isinstance(value, list):
         return ",".join(map(_text, value))
     if isinstance(value, dict):
-        return ",".join(f"{_text(name)}={_text(str(entry))}" for name, entry in value.items())
-    return _text(value) if isinstance(value, str) else str(value)
+        return ",".join([f"{_text(name)}={entry}" for name, entry in value.items()])
+    return str(value)
 
 
 def _answer(entry: Mapping[str, Any]) -> str:
