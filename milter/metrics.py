@@ -135,8 +135,13 @@ class _OpenConnections:
     def collect(self) -> "Iterable[Metric]":
         from prometheus_client.core import GaugeMetricFamily
 
-        count = sum(struct.unpack_from("=i", page)[0] for page in self._pages())
+        count = sum(_opened(page) for page in self._pages())
         yield GaugeMetricFamily("milter_open_connections", "Open connections of MTAs", count)
+
+
+def _opened(page: mmap.mmap | bytes) -> int:
+    count: int = struct.unpack_from("=i", page)[0]
+    return count
 
 
 def _private_page() -> mmap.mmap:
