@@ -69,6 +69,14 @@ class FilterProcess:
         """The most resident memory there ever was."""
         return sum(_status(pid, "VmHWM") for pid in self._pids())
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait(self) -> int:
+        """The exit code of a filter that was told to end."""
+        return self._process.wait()
+
     def _pids(self) -> Iterator[int]:
         return _family(self._process.pid)
 

@@ -2,8 +2,10 @@
 """The registry of handlers: what users decorate functions with. It knows nothing of libmilter."""
 
 import inspect
+import itertools
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import (
     TYPE_CHECKING,
@@ -19,6 +21,7 @@ from typing import (
 )
 
 from milter.context import Context, EomContext, NegotiateContext, S, T
+from milter.coroutines import is_coroutine_function
 from milter.envelope import Address, ClientAddress, Params
 from milter.errors import RegistrationError
 from milter.message import Message
@@ -26,13 +29,17 @@ from milter.protocol import MACRO_LISTS, Actions, Stage, macro_name
 from milter.verdict import Reply, Status, Verdict
 
 if TYPE_CHECKING:
-    from milter.server import RunOptions, Server
+    from milter.options import RunOptions, StartOptions
+    from milter.server import Server
 
 __all__ = ["Milter"]
 
 H = TypeVar("H", bound=Callable[..., Any])
 
 OnError: TypeAlias = Status | Reply | Literal["shutdown"]
+Answer: TypeAlias = Verdict | Awaitable[Verdict]
+"""Of a plain function, or of an ``async def``."""
+Nothing: TypeAlias = Awaitable[None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +87,13 @@ WHOLE_MESSAGE = Form(Stage.EOM, ("message: Message",), "EomContext", "on_message
 class Handler:
     """A registered function."""
 
-    function: Callable[..., Verdict]
+    function: Callable[..., Any]
     form: Form
     observes: bool
     """It is annotated ``-> None``: a promise never to reply."""
     macros: tuple[str, ...] = ()
+    asynchronous: bool = False
+    """What the function returns is to be awaited, and gives the verdict then."""
 
     @property
     def name(self) -> str:
@@ -115,7 +124,13 @@ class Register(Generic[H]):
         arguments = [None] * (1 + len(self._form.parameters))
         signature = _checked_call(function, arguments, self._form.signature)
         observes = signature.return_annotation in (None, type(None), "None")
-        self._app.handlers[self._form.stage].append(Handler(function, self._form, observes, macros))
+        asynchronous = is_coroutine_function(function)
+        if asynchronous and self._form.stage is Stage.NEGOTIATE:
+            raise RegistrationError(
+                f"{_name(function)} is a coroutine function, and {self._form.decorator} takes plain functions only: "
+                f"nothing is to be waited for before the MTA has its answer; write: {self._form.signature}"
+            )
+        self._app.handlers[self._form.stage].append(Handler(function, self._form, observes, macros, asynchronous))
         return function
 
 
@@ -144,6 +159,8 @@ class Options(TypedDict):
     rejected_recipients: NotRequired[bool]
     spool_size: NotRequired[int]
     spool_directory: NotRequired[str | os.PathLike[str] | None]
+    handler_timeout: NotRequired[float | None]
+    progress: NotRequired[float | None]
 
 
 class Milter(Generic[S, T]):
@@ -168,10 +185,23 @@ class Milter(Generic[S, T]):
             temporary file without a name. 1 MiB.
         spool_directory: where that file is made; by default the system's directory for such files
             (``tempfile.gettempdir``). When the disk is full, ``on_error`` has the answer.
+        handler_timeout: seconds that one call of an ``async def`` handler may take. Then it is cancelled
+            (``asyncio.CancelledError`` is raised where it waits), and ``on_error`` has the answer. None: no limit.
+            It concerns coroutines alone: a plain function cannot be interrupted.
+        progress: seconds after which, again and again, the MTA is told that handlers are still at work at the end of a
+            message, so that it goes on waiting (``smfi_progress``); never between two pieces of a new body. None or 0:
+            only :meth:`EomContext.signal_progress <milter.EomContext.signal_progress>` tells it.
 
     Handlers of a stage run in the order of their registration, until one gives a verdict other than
     ``CONTINUE``. A handler annotated ``-> None`` promises never to reply: when all handlers of a
     stage do, the MTA does not wait there for the filter.
+
+    Handlers are plain functions or ``async def``, in any mixture; so are hooks. Only ``on_negotiate`` takes plain
+    functions alone. The coroutines of a process run on one event loop, in a thread of its own, and thousands of
+    messages may wait in them at once. A plain function runs on the thread of its message. What blocks belongs into
+    one of those, or into ``asyncio.to_thread``: in a coroutine it holds up all others. So does a large new body for
+    an MTA that reads slowly; ``message.body = …`` in ``on_message`` does not, nor does
+    ``await asyncio.to_thread(ctx.replace_body, …)``.
 
     >>> app = Milter("guard")
     >>> @app.on_rcpt
@@ -220,6 +250,8 @@ class Milter(Generic[S, T]):
         rejected_recipients: bool = False,
         spool_size: int = 1 << 20,
         spool_directory: str | os.PathLike[str] | None = None,
+        handler_timeout: float | None = None,
+        progress: float | None = 30.0,
     ) -> None:
         if not name or "\0" in name:
             raise ValueError(f"{name!r} cannot be the name of a filter")
@@ -237,11 +269,25 @@ class Milter(Generic[S, T]):
             raise ValueError(f"spool_size must be 0 or more bytes, not {spool_size}")
         self.spool_size = spool_size
         self.spool_directory = spool_directory
+        if handler_timeout is not None and not 0 < handler_timeout < math.inf:
+            raise ValueError(
+                f"handler_timeout must be more than 0 seconds, or None for no limit, not {handler_timeout}"
+            )
+        self.handler_timeout = handler_timeout
+        if progress is not None and not 0 <= progress < math.inf:
+            raise ValueError(f"progress must be a number of seconds, or None for never, not {progress}")
+        self.progress = progress
         self.handlers: dict[Stage, list[Handler]] = {stage: [] for stage in Stage}
         self.start_hooks: list[Callable[[], object]] = []
         self.stop_hooks: list[Callable[[], object]] = []
         self.server: Server | None = None
         """What serves this filter, while it runs."""
+
+    @property
+    def functions(self) -> list[Callable[..., Any]]:
+        """All that were decorated until now, hooks included."""
+        handlers = itertools.chain.from_iterable(self.handlers.values())
+        return [*(handler.function for handler in handlers), *self.start_hooks, *self.stop_hooks]
 
     def include(self, other: "Milter[Any, Any]") -> None:
         """Add the handlers and hooks of another filter, after those that are here already.
@@ -263,7 +309,7 @@ class Milter(Generic[S, T]):
         return Register(self, _FORMS[Stage.NEGOTIATE])
 
     @property
-    def on_connect(self) -> Register[Callable[[Context[S, T], str, ClientAddress], Verdict]]:
+    def on_connect(self) -> Register[Callable[[Context[S, T], str, ClientAddress], Answer]]:
         """A client connected: its name and address (``xxfi_connect``).
 
         ``ACCEPT`` lets the whole connection pass without the filter; ``REJECT`` and ``TEMPFAIL``
@@ -272,17 +318,17 @@ class Milter(Generic[S, T]):
         return Register(self, _FORMS[Stage.CONNECT])
 
     @property
-    def on_helo(self) -> Register[Callable[[Context[S, T], str], Verdict]]:
+    def on_helo(self) -> Register[Callable[[Context[S, T], str], Answer]]:
         """HELO or EHLO, with the client's name (``xxfi_helo``): never, once, or again after STARTTLS."""
         return Register(self, _FORMS[Stage.HELO])
 
     @property
-    def on_mail(self) -> Register[Callable[[Context[S, T], Address, Params], Verdict]]:
+    def on_mail(self) -> Register[Callable[[Context[S, T], Address, Params], Answer]]:
         """MAIL: the sender and its ESMTP parameters (``xxfi_envfrom``). A mail transaction begins."""
         return Register(self, _FORMS[Stage.MAIL])
 
     @property
-    def on_rcpt(self) -> Register[Callable[[Context[S, T], Address, Params], Verdict]]:
+    def on_rcpt(self) -> Register[Callable[[Context[S, T], Address, Params], Answer]]:
         """RCPT: a recipient and its ESMTP parameters (``xxfi_envrcpt``).
 
         ``REJECT`` and ``TEMPFAIL`` concern this recipient alone; ``ACCEPT`` and ``DISCARD`` the message.
@@ -290,12 +336,12 @@ class Milter(Generic[S, T]):
         return Register(self, _FORMS[Stage.RCPT])
 
     @property
-    def on_data(self) -> Register[Callable[[Context[S, T]], Verdict]]:
+    def on_data(self) -> Register[Callable[[Context[S, T]], Answer]]:
         """The DATA command (``xxfi_data``)."""
         return Register(self, _FORMS[Stage.DATA])
 
     @property
-    def on_header(self) -> Register[Callable[[Context[S, T], str, str], Verdict]]:
+    def on_header(self) -> Register[Callable[[Context[S, T], str, str], Answer]]:
         """A header field: name, and value with its folds as LF and white space (``xxfi_header``).
 
         ``SKIP`` ends the calls of this handler for this message.
@@ -303,12 +349,12 @@ class Milter(Generic[S, T]):
         return Register(self, _FORMS[Stage.HEADER])
 
     @property
-    def on_eoh(self) -> Register[Callable[[Context[S, T]], Verdict]]:
+    def on_eoh(self) -> Register[Callable[[Context[S, T]], Answer]]:
         """The end of the header (``xxfi_eoh``)."""
         return Register(self, _FORMS[Stage.EOH])
 
     @property
-    def on_body(self) -> Register[Callable[[Context[S, T], bytes], Verdict]]:
+    def on_body(self) -> Register[Callable[[Context[S, T], bytes], Answer]]:
         """A piece of the body, up to 65,535 bytes, cut anywhere (``xxfi_body``). No call for an empty body.
 
         ``SKIP`` ends the calls of this handler for this message; once all handlers have skipped,
@@ -317,12 +363,12 @@ class Milter(Generic[S, T]):
         return Register(self, _FORMS[Stage.BODY])
 
     @property
-    def on_eom(self) -> Register[Callable[[EomContext[S, T]], Verdict]]:
+    def on_eom(self) -> Register[Callable[[EomContext[S, T]], Answer]]:
         """The end of the message, where it can be changed (``xxfi_eom``)."""
         return Register(self, _FORMS[Stage.EOM])
 
     @property
-    def on_message(self) -> Register[Callable[[EomContext[S, T], Message], Verdict]]:
+    def on_message(self) -> Register[Callable[[EomContext[S, T], Message], Answer]]:
         """The whole message at its end, gathered without Python: see :class:`Message <milter.Message>`.
 
         Handlers of ``on_eom`` and ``on_message`` run together, in the order of their registration. What
@@ -331,7 +377,7 @@ class Milter(Generic[S, T]):
         return Register(self, WHOLE_MESSAGE)
 
     @property
-    def on_unknown(self) -> Register[Callable[[Context[S, T], str], Verdict]]:
+    def on_unknown(self) -> Register[Callable[[Context[S, T], str], Answer]]:
         """An SMTP command that the MTA does not know (``xxfi_unknown``); it is refused in any case.
 
         ``REJECT``, ``TEMPFAIL`` or a ``Reply`` change how; Postfix 3.10 and newer keeps its own text for a
@@ -340,7 +386,7 @@ class Milter(Generic[S, T]):
         return Register(self, _FORMS[Stage.UNKNOWN])
 
     @property
-    def on_abort(self) -> Register[Callable[[Context[S, T]], None]]:
+    def on_abort(self) -> Register[Callable[[Context[S, T]], Nothing]]:
         """The message was given up by the client or the MTA (``xxfi_abort``).
 
         Once for each message that was begun and not decided by this filter; never after ``on_eom``.
@@ -348,7 +394,7 @@ class Milter(Generic[S, T]):
         return Register(self, _FORMS[Stage.ABORT])
 
     @property
-    def on_close(self) -> Register[Callable[[Context[S, T]], None]]:
+    def on_close(self) -> Register[Callable[[Context[S, T]], Nothing]]:
         """The connection ends (``xxfi_close``). Always called; may be the only call of all."""
         return Register(self, _FORMS[Stage.CLOSE])
 
@@ -365,19 +411,23 @@ class Milter(Generic[S, T]):
     # ---- Running ---------------------------------------------------------------------------
 
     def run(self, socket: str | None = None, **options: "Unpack[RunOptions]") -> None:
-        """Serve until the process is told to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP or :meth:`stop`.
+        """Serve until the process is told to stop: SIGTERM, SIGINT (Ctrl-C), :meth:`stop`; without workers SIGHUP, too.
 
         Arguments:
             socket: where to listen, see :mod:`milter.listener`: ``inet:port@host``, ``unix:path``, …
-            options: see :class:`milter.server.RunOptions`.
+            options: see :class:`milter.options.RunOptions`.
+
+        With ``workers=2`` or more, as many processes serve. They are forked from this one, which only watches them;
+        SIGHUP replaces them without a message lost. They have the code that this process has loaded: to load new code
+        on SIGHUP, run the filter with ``milter run``. When they cannot go on, ``SystemExit`` is raised.
 
         Raises :class:`SocketError <milter.SocketError>` when the socket cannot be had, and
         :class:`HandlerError <milter.HandlerError>` for ``on_error="shutdown"``. Only in the main thread,
         which gets the signals; elsewhere use :meth:`start`.
         """
-        from milter import server
+        from milter import runner
 
-        server.run(self, socket, **options)
+        runner.run(self, socket, **options)
 
     def stop(self) -> None:
         """Ask the running filter to stop, from a handler or any thread; returns at once.
@@ -387,7 +437,7 @@ class Milter(Generic[S, T]):
         if self.server is not None:
             self.server.request_stop()
 
-    def start(self, socket: str | None = None, **options: "Unpack[RunOptions]") -> "Server":
+    def start(self, socket: str | None = None, **options: "Unpack[StartOptions]") -> "Server":
         """Serve in the background: a context manager that stops at its end. For embedding and tests.
 
         ::
@@ -403,9 +453,9 @@ class Milter(Generic[S, T]):
 def _checked_call(function: Callable[..., Any], arguments: list[None], right: str) -> inspect.Signature:
     if not callable(function):
         raise RegistrationError(f"a handler must be a function, not {function!r}; write: {right}")
-    if inspect.iscoroutinefunction(function):
+    if inspect.isasyncgenfunction(function):
         raise RegistrationError(
-            f"{_name(function)} is a coroutine function, and this version calls plain functions only; write: {right}"
+            f"{_name(function)} is an asynchronous generator, since it has a yield, and gives no answer; write: {right}"
         )
     signature = inspect.signature(function)
     try:

@@ -23,6 +23,7 @@ import os
 import threading
 from collections.abc import Sequence
 from mmap import mmap
+from time import monotonic
 from typing import Any
 
 from milter._shim import ffi, lib
@@ -172,6 +173,11 @@ class SessionCall:
     def progress(self) -> None:
         _check(lib.milter_progress(self._session, self._token), "signal_progress()")
 
+    def offer_progress(self) -> bool:
+        """See :class:`milter.progress.Call`."""
+        result = lib.milter_offer_progress(self._session, self._token)
+        return result in (lib.MILTER_OK, lib.MILTER_BUSY)
+
 
 class GatheredContent:
     """A message as the shim has gathered it; see :class:`milter.message.Content`.
@@ -265,16 +271,28 @@ def milter_python_enter(event: Any) -> int:
     text = ffi.unpack(event.log, event.log_size).decode("utf-8", "surrogateescape")
     if event.chunks_size:
         call.chunks = ffi.unpack(event.chunks, event.chunks_size)
-    if stage is not _EOM or not engine.plan.gathers:
+    if stage is not _EOM:
         return _encoded(engine.enter(call, event.number, text), call)
-    content = call.content = GatheredContent(event)
-    try:
-        answer = engine.enter(call, event.number, text)
-    finally:
-        content.close()
+    answer = _end_of_message(engine, call, event, text)
     if call.changes:
         _leave_changes(event, call.changes)
     return _encoded(answer, call)
+
+
+def _end_of_message(engine: Engine, call: SessionCall, event: Any, text: str) -> Answer:
+    silent_since = engine.silent_since
+    content = GatheredContent(event) if engine.plan.gathers else None
+    if content is not None:
+        call.content = content
+    if silent_since is not None:
+        silent_since[call] = monotonic()
+    try:
+        return engine.enter(call, event.number, text)
+    finally:
+        if silent_since is not None:
+            silent_since.pop(call, None)
+        if content is not None:
+            content.close()
 
 
 def _leave_changes(event: Any, changes: Sequence[Change]) -> None:
@@ -356,6 +374,8 @@ class Run:
         self._run = lib.milter_begin(plan)
         if not self._run:
             raise MemoryError("no memory for a run of the filter")
+        if engine.progress is not None:
+            engine.progress.start()
 
     def wait_sessions(self, milliseconds: int) -> int:
         """Wait until no MTA is connected, or the time is over; how many still are."""
@@ -376,6 +396,8 @@ class Run:
 
     def forget(self) -> None:
         """After the gate is closed and no handler runs."""
+        if self.engine.progress is not None:
+            self.engine.progress.stop()
         self.engine.close()
         _engines.pop(self._number, None)
 
@@ -406,6 +428,7 @@ def _shim_plan(plan: Plan, number: int) -> tuple[Any, list[Any]]:
     struct.negotiates = plan.negotiates
     struct.gathers = plan.gathers
     struct.leading_space = plan.shows_leading_space
+    struct.waits = plan.waits
     struct.spool_size = plan.spool_size
     struct.spool_directory = directory = ffi.new("char[]", os.fsencode(plan.spool_directory))
     texts = [directory]

@@ -6,14 +6,15 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from milter import checker, inspector
+from milter import checker, inspector, run_command
 from milter._version import VERSION
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code. Wrong arguments exit with 2, as argparse does."""
     parsed = _parser().parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    if parsed.run is not run_command.main:  # which has options for that
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     run = parsed.run
     code: int = run(parsed)
     return code
@@ -22,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="milter", description="Mail filters for Postfix and Sendmail.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="serve a filter: workers, reload, clean stop")
+    run_command.add_arguments(run)
+    run.set_defaults(run=run_command.main)
 
     inspect = commands.add_parser("inspect", help="print every stage of every conversation")
     inspector.add_arguments(inspect)

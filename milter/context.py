@@ -416,8 +416,9 @@ class EomContext(Context[S, T]):
     def signal_progress(self) -> None:
         """Tell the MTA that the filter is still at work, so that it goes on waiting (``smfi_progress``).
 
-        May be called from another thread. Within a new body it does nothing: the parts of the body
-        themselves show progress, and Postfix lets nothing stand between them.
+        The library does so by itself, see ``Milter(progress=…)``. May be called from another thread. Within
+        a new body it does nothing: the parts of the body themselves show progress, and Postfix lets nothing stand
+        between them.
         """
         self._call.progress()
 

@@ -8,7 +8,7 @@ call. For each event
    the beginning of a message;
 2. a context is made, and the handlers of the stage run in the order of their registration, until one
    gives a verdict other than CONTINUE; what a handler raises becomes the answer that the filter's policy
-   has for it;
+   has for it; a coroutine is waited for, see :mod:`milter.loop`;
 3. the context expires, and the conversation takes note again: an accepted recipient, the message's end.
 
 At the end of a message, handlers of on_message get all of it; what they edited is left with the call, to be sent
@@ -27,12 +27,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 from milter.app import WHOLE_MESSAGE, Handler, Milter
 from milter.context import Call, Context, Conversation, EomContext, NegotiateContext, Transaction, expire
+from milter.coroutines import NoEventLoop, refuse_awaitable
 from milter.edits import Change, Numbering, changes, needed
 from milter.envelope import Address
 from milter.errors import ActionError, HandlerError, MilterError
 from milter.ledger import Ledger
 from milter.message import Message, freeze
 from milter.plan import Plan, make_plan
+from milter.progress import Progress
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage
 from milter.verdict import MEANINGFUL, Reply, Status, Verdict
 
@@ -138,17 +140,25 @@ class Engine:
     """Runs the handlers of one filter.
 
     Arguments:
+        loop: runs coroutines.
         on_shutdown: is told the failure that shall stop the filter.
         ledger: takes notes, if somebody wants to know.
     """
 
     def __init__(
-        self, app: Milter[Any, Any], on_shutdown: Callable[[HandlerError], None], ledger: Ledger | None = None
+        self,
+        app: Milter[Any, Any],
+        loop: NoEventLoop,
+        on_shutdown: Callable[[HandlerError], None],
+        ledger: Ledger | None = None,
     ) -> None:
         self.app = app
         self.ledger = ledger
         self.plan = make_plan(app, followed=ledger is not None)
+        self._loop = loop
         self._on_shutdown = on_shutdown
+        self.progress = self._progress()
+        self.silent_since = self.progress.silent_since if self.progress is not None else None
         self._gathers = self.plan.gathers
         self._leading_space = self.plan.shows_leading_space
         self._sees_refused = self.plan.sees_refused_recipients
@@ -172,6 +182,12 @@ class Engine:
         self._records = {letter: (reader, self._steps[stage]) for letter, (reader, stage) in readers.items()}
         if ledger is not None:
             self._records = ledger.noting(self._records, leading_space=self._leading_space)
+
+    def _progress(self) -> Progress | None:
+        """If any handlers run at the end of a message, those of earlier stages that only observe among them."""
+        if not self.app.progress or not (Stage.EOM in self.plan.handled or self.plan.deferred):
+            return None
+        return Progress(self.app.progress)
 
     def _step(self, stage: Stage) -> _Step:
         silent = stage in self.plan.silent or stage in _WITHOUT_REPLY
@@ -389,7 +405,10 @@ class Engine:
                 continue
             try:
                 given = (_whole(transaction, call),) if handler.form is WHOLE_MESSAGE else arguments
-                decision = self._checked(handler, handler.function(context, *given), stage)
+                verdict = handler.function(context, *given)
+                if handler.asynchronous:
+                    verdict = self._loop.answer(verdict, handler.name)
+                decision = self._checked(handler, verdict, stage)
                 if transaction is not None and transaction.body_failure is not None:
                     raise transaction.body_failure
             except BaseException as failure:
@@ -414,6 +433,7 @@ class Engine:
         if verdict is None or (verdict is CONTINUE and not handler.observes):
             return CONTINUE
         if not isinstance(verdict, Status | Reply):
+            refuse_awaitable(verdict, handler.name)
             raise TypeError(
                 f"{handler.name} returned {verdict!r}; a handler returns a milter.Status, a milter.Reply or None"
             )

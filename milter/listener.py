@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from milter.descriptors import duplicate, sockets
 from milter.errors import SocketError
 
 __all__ = ["Listener", "connect", "open_listener", "parse"]
@@ -161,12 +162,14 @@ class Listener:
     def __init__(self, endpoint: Endpoint, opened: socket.socket) -> None:
         self.socket = opened
         self._endpoint = endpoint
+        self._family = opened.family
+        self._address = opened.getsockname()
         self._file = _identity(endpoint.path) if isinstance(endpoint, UnixEndpoint) else None
 
     def __str__(self) -> str:
         """The specification by which an MTA reaches it, with the port that the system chose for port 0."""
         if isinstance(self._endpoint, InetEndpoint):
-            return str(InetEndpoint(self._endpoint.scheme, self.socket.getsockname()[1], self._endpoint.host))
+            return str(InetEndpoint(self._endpoint.scheme, self._address[1], self._endpoint.host))
         return str(self._endpoint)
 
     @property
@@ -174,13 +177,47 @@ class Listener:
         """The socket, unless it was passed to this process, and so may be listened at by others."""
         return None if isinstance(self._endpoint, PassedEndpoint) else self.socket
 
+    def connections(self) -> int:
+        """How many connections that came here this process has open, whether or not they were served yet."""
+        return sum(self._came_here(candidate) for _, candidate in sockets())
+
+    def _came_here(self, candidate: socket.socket) -> bool:
+        if candidate.family != self._family:
+            return False
+        try:
+            candidate.getpeername()
+        except OSError:  # a listener, or nobody is at the other end any more
+            return False
+        address = candidate.getsockname()
+        # Whoever listens at all addresses has connections at one of them.
+        return bool(address == self._address if self._family == socket.AF_UNIX else address[1] == self._address[1])
+
     def close(self) -> None:
         """Take no more connections. A socket that was passed to this process goes on for its other owners."""
-        if isinstance(self._endpoint, UnixEndpoint) and _identity(self._endpoint.path) == self._file:
-            Path(self._endpoint.path).unlink(missing_ok=True)
-        if self.exclusive is not None:
+        if self.socket.fileno() >= 0 and self.exclusive is not None:
             # libmilter may wait at it with a reference of its own, which would keep the port.
             self.socket.shutdown(socket.SHUT_RDWR)
+        self.withdraw()
+
+    def withdraw(self) -> None:
+        """Nobody finds it any more; processes that have it go on."""
+        if isinstance(self._endpoint, UnixEndpoint) and _identity(self._endpoint.path) == self._file:
+            _remove(Path(self._endpoint.path))
+        self.socket.close()
+
+
+class SharedListener(Listener):
+    """Of one worker among several: its supervisor clears the socket away."""
+
+    @classmethod
+    def of(cls, listener: Listener) -> "SharedListener":
+        return cls(listener._endpoint, listener.socket.dup())
+
+    @property
+    def exclusive(self) -> None:
+        return None
+
+    def close(self) -> None:
         self.socket.close()
 
 
@@ -191,12 +228,16 @@ def open_listener(
     remove_socket: bool,
     mode: int | None = None,
     group: str | int | None = None,
+    owner: int | None = None,
 ) -> Listener:
-    """Open a listening socket; see :class:`milter.server.RunOptions` for the options."""
+    """Open a listening socket; see :class:`milter.options.StartOptions` for the options.
+
+    `owner`: the user id to which a Unix socket is given.
+    """
     endpoint = _activated() if specification is None else parse(specification)
     match endpoint:
         case UnixEndpoint():
-            opened = _listen_unix(endpoint, backlog, remove_socket, mode, group)
+            opened = _listen_unix(endpoint, backlog, remove_socket, mode, group, owner)
         case InetEndpoint():
             opened = _listen_inet(endpoint, backlog)
         case PassedEndpoint():
@@ -212,7 +253,12 @@ def open_listener(
 
 
 def _listen_unix(
-    endpoint: UnixEndpoint, backlog: int, remove_socket: bool, mode: int | None, group: str | int | None
+    endpoint: UnixEndpoint,
+    backlog: int,
+    remove_socket: bool,
+    mode: int | None,
+    group: str | int | None,
+    owner: int | None,
 ) -> socket.socket:
     path = Path(endpoint.path)
     _clear_away(path, remove_socket)
@@ -220,8 +266,8 @@ def _listen_unix(
     try:
         opened.bind(endpoint.path)
         # Nobody can connect before listen(), so the permissions are right from the first moment.
-        if group is not None:
-            os.chown(path, -1, _group_id(group))
+        if group is not None or owner is not None:
+            os.chown(path, -1 if owner is None else owner, -1 if group is None else group_id(group))
         if mode is not None:
             path.chmod(mode)
         opened.listen(backlog)
@@ -276,7 +322,7 @@ def _unix_reason(path: Path, failure: OSError) -> str:
             return f"cannot listen at {path}: {failure.strerror}"
 
 
-def _group_id(group: str | int) -> int:
+def group_id(group: str | int) -> int:
     if isinstance(group, int):
         return group
     try:
@@ -341,16 +387,6 @@ def _adopt(endpoint: PassedEndpoint, backlog: int) -> socket.socket:
     return opened
 
 
-def duplicate(descriptor: int) -> socket.socket:
-    """A socket of its own for an open descriptor. Raises OSError when it is closed, or no socket."""
-    copy = os.dup(descriptor)
-    try:
-        return socket.socket(fileno=copy)
-    except OSError:
-        os.close(copy)
-        raise
-
-
 def _warn_of_strangers(endpoint: Endpoint, opened: socket.socket) -> None:
     host = opened.getsockname()[0]
     if not (host.startswith("127.") or host == "::1"):
@@ -360,6 +396,13 @@ def _warn_of_strangers(endpoint: Endpoint, opened: socket.socket) -> None:
             endpoint,
             host,
         )
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as failure:  # the filter has given up the privileges with which it made it
+        log.info("the socket %s stays behind (%s); the next start removes it", path, failure.strerror)
 
 
 def _identity(path: str) -> tuple[int, int] | None:

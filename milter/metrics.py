@@ -208,7 +208,8 @@ def directory() -> Iterator[Directory]:
     """By the supervisor, before it forks: a directory in which its children count. It is removed at the end."""
     global _directory
     _package()
-    from prometheus_client import values
+    # All that will be needed, as long as this process may read it: its children may become another user.
+    from prometheus_client import exposition, multiprocess, values  # noqa: F401
 
     before = os.environ.get(_VARIABLE), values.ValueClass
     path = Path(tempfile.mkdtemp(prefix="milter-metrics-"))

@@ -4,7 +4,8 @@
 The order of a start: the socket is opened (so its errors come first), the on_start hooks run,
 libmilter begins to accept. The order of a stop: no more connections; open ones may end within
 `grace` seconds; the gate into Python is closed; the handlers still running are waited for; the
-on_stop hooks run.
+on_stop hooks run. Coroutines (:mod:`milter.loop`) that are not done by then are cancelled; the event loop begins before
+the on_start hooks, and ends after the on_stop hooks.
 
 The invariant at the end: the gate is closed and no handler runs, so the interpreter can be
 finalized, or the process leaves without finalizing it (:func:`_leave`).
@@ -18,80 +19,53 @@ import threading
 import time
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 from milter.app import Milter
 from milter.binding import Run
+from milter.coroutines import NoEventLoop, event_loop_for
 from milter.engine import Engine
 from milter.errors import HandlerError, MilterError
 from milter.ledger import Ledger, open_books
 from milter.libmilter import libmilter
 from milter.listener import Listener, open_listener
 from milter.metrics import Exporter, open_exporter
+from milter.options import StartOptions, start_options
 from milter.signals import Bell
 
-__all__ = ["RunOptions", "Server", "run"]
+__all__ = ["Server"]
 
 log = logging.getLogger("milter")
 
-_STEP = 50  # milliseconds between two looks at a signal while draining
+_STEP = 0.02  # seconds between two looks at the connections while draining
+_LOOKS = 2  # that find none
 _LAST_WAIT = 2.0  # seconds that handlers get after the grace is over
 _EXIT_UNFINISHED = 70  # EX_SOFTWARE of sysexits.h
-_PACKET = 65535
-
-
-class RunOptions(TypedDict, total=False):
-    """The options of :meth:`Milter.run <milter.Milter.run>` and :meth:`Milter.start <milter.Milter.start>`."""
-
-    timeout: int
-    """Seconds that libmilter waits for the MTA's next command, or for it to read; 7210 (``smfi_settimeout``)."""
-    backlog: int
-    """How many connections may wait to be accepted; 128 (``listen(2)``)."""
-    remove_socket: bool
-    """Remove a Unix socket that a filter left behind, once nobody listens there; True."""
-    mode: int | None
-    """The permissions of a Unix socket, such as ``0o660``; None: as the umask has it."""
-    group: str | int | None
-    """The group of a Unix socket, by name or number."""
-    grace: float
-    """Seconds that open connections get to end, when the filter is told to stop; 30."""
-    debug: int
-    """libmilter's debug level, 0 to 6: what it does, on standard output (``smfi_setdbg``)."""
-    max_data_size: int
-    """Bytes of one packet of the protocol, for an MTA built for larger ones; 65535 (``smfi_setmaxdatasize``)."""
-    access_log: bool
-    """A line for each message, to the logger ``milter.access``; False. See :mod:`milter.access`."""
-    metrics: str | None
-    """Where Prometheus can ask for figures, ``host:port`` or a port of 127.0.0.1; None. See :mod:`milter.metrics`."""
-
-
-_DEFAULTS: RunOptions = {
-    "timeout": 7210,
-    "backlog": 128,
-    "remove_socket": True,
-    "mode": None,
-    "group": None,
-    "grace": 30.0,
-    "debug": 0,
-    "max_data_size": _PACKET,
-    "access_log": False,
-    "metrics": None,
-}
 
 
 class Server:
     """A filter that serves, from :meth:`start` to :meth:`stop`; a context manager that stops at its end."""
 
-    def __init__(self, app: Milter[Any, Any], socket: str | None, **options: Unpack[RunOptions]) -> None:
+    def __init__(
+        self,
+        app: Milter[Any, Any],
+        socket: str | Listener | None,
+        bell: Bell | None = None,
+        **options: Unpack[StartOptions],
+    ) -> None:
+        """`socket`: where to listen, or a listener that is open. `bell`: of whoever asks for the stop."""
         self._app = app
-        self._specification = socket
-        self._options = _checked(options)
+        self._socket = socket
+        self._options = start_options(options)
         self._listener: Listener | None = None
         self._run: Run | None = None
+        self._loop = NoEventLoop()
         self._exporter: Exporter | None = None
         self._failure: HandlerError | None = None
         self._stopped = False
-        self._bell = Bell()
+        self.asked_to_stop = False
+        """By :meth:`request_stop`, that is by the filter itself."""
+        self._bell = bell if bell is not None else Bell()
         self._process = os.getpid()
 
     @property
@@ -123,19 +97,14 @@ class Server:
 
     def _start(self) -> None:
         options = self._options
-        listener = open_listener(
-            self._specification,
-            backlog=options["backlog"],
-            remove_socket=options["remove_socket"],
-            mode=options["mode"],
-            group=options["group"],
-        )
+        listener = self._socket if isinstance(self._socket, Listener) else _open(self._socket, options)
         try:
             with _only_one(self):
+                self._loop = event_loop_for(self._app.functions, self._app.handler_timeout)
                 self._exporter = open_exporter(options["metrics"])
                 for hook in self._app.start_hooks:
-                    hook()
-                self._run = Run(Engine(self._app, self._shut_down, self._open_books()))
+                    self._loop.run_hook(hook)
+                self._run = Run(Engine(self._app, self._loop, self._shut_down, self._open_books()))
                 self._app.server = self
                 libmilter.serve(
                     listener.socket,
@@ -148,6 +117,7 @@ class Server:
             if self._run is not None:
                 self._run.close_gate()
                 self._run.forget()
+            self._loop.stop()
             self._close_exporter()
             listener.close()
             raise
@@ -164,6 +134,7 @@ class Server:
 
     def request_stop(self) -> None:
         """Ask for the stop, from a handler or any thread; returns at once."""
+        self.asked_to_stop = True
         self._bell.ring()
 
     def wait(self) -> None:
@@ -187,24 +158,31 @@ class Server:
         self._app.server = None
         libmilter.pause(self._listener.exclusive)
         self._listener.close()
-        self._drain(self._run, self._options["grace"] if grace is None else grace)
+        self._drain(self._run, self._listener, self._options["grace"] if grace is None else grace)
         with contextlib.ExitStack() as stack:  # each of them, the last first, whatever the others raise
             stack.callback(self._bell.close)
+            stack.callback(self._loop.stop)
             stack.callback(self._close_exporter)
             for hook in self._app.stop_hooks:
-                stack.callback(hook)
+                stack.callback(self._loop.run_hook, hook)
         if self._failure is not None:
             raise self._failure
 
-    def _drain(self, run: Run, grace: float) -> None:
+    def _drain(self, run: Run, listener: Listener, grace: float) -> None:
+        """Let open connections end.
+
+        A connection may have been accepted, and have said nothing yet: so the descriptors are counted, and not
+        only libmilter's sessions. And twice, since libmilter may be about to accept one while it loses the listener.
+        """
         end = time.monotonic() + grace
-        open_sessions = run.wait_sessions(0)
-        if open_sessions:
-            log.info("waiting up to %g seconds for the end of open connections: %d", grace, open_sessions)
-        while time.monotonic() < end and not self._bell.rings() and run.wait_sessions(_STEP):
-            pass
+        connected = listener.connections()
+        if connected:
+            log.info("waiting up to %g seconds for the end of open connections: %d", grace, connected)
+        looks = _LOOKS
+        while looks > 0 and time.monotonic() < end and not self._bell.insists(_STEP):
+            looks = _LOOKS if run.wait_sessions(0) or listener.connections() else looks - 1
         run.close_gate()
-        if run.wait_handlers(int(_LAST_WAIT * 1000)):
+        if run.wait_handlers(int(_LAST_WAIT * 1000)) and not self._loop.end_handlers(run.wait_handlers):
             log.critical("handlers are still running: the process will end without waiting for them")
             return
         run.forget()
@@ -225,17 +203,15 @@ class Server:
         self.stop()
 
 
-def run(app: Milter[Any, Any], socket: str | None, **options: Unpack[RunOptions]) -> None:
-    """Serve until a signal or :meth:`Milter.stop <milter.Milter.stop>`; see :meth:`Milter.run <milter.Milter.run>`."""
-    if threading.current_thread() is not threading.main_thread():
-        raise MilterError("run() belongs into the main thread, which gets the signals; use start() elsewhere")
-    server = Server(app, socket, **options)
-    with server._bell.rung_by_signals():
-        server.start()
-        try:
-            server.wait()
-        finally:
-            server.stop()
+def _open(socket: str | None, options: StartOptions) -> Listener:
+    """The listener that the options want."""
+    return open_listener(
+        socket,
+        backlog=options["backlog"],
+        remove_socket=options["remove_socket"],
+        mode=options["mode"],
+        group=options["group"],
+    )
 
 
 # ---- One filter at a time --------------------------------------------------------------------
@@ -262,27 +238,12 @@ def _only_one(server: Server) -> Iterator[None]:
 def _leave() -> None:
     """A handler that enters a finalized interpreter would crash the process: let none, wait for the last ones."""
     here = [server for server in _running if server._process == os.getpid()]
-    runs = [server._run for server in here if server._run is not None]
-    for started in runs:
-        started.close_gate()
-    if any(started.wait_handlers(int(_LAST_WAIT * 1000)) for started in runs):
+    started = [(server._run, server._loop) for server in here if server._run is not None]
+    for run, _ in started:
+        run.close_gate()
+    if any(
+        run.wait_handlers(int(_LAST_WAIT * 1000)) and not loop.end_handlers(run.wait_handlers) for run, loop in started
+    ):
         log.critical("handlers did not end: the process ends without them")
         logging.shutdown()
         os._exit(_EXIT_UNFINISHED)
-
-
-def _checked(options: RunOptions) -> RunOptions:
-    unknown = options.keys() - _DEFAULTS.keys()
-    if unknown:
-        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}; there are {', '.join(sorted(_DEFAULTS))}")
-    merged: RunOptions = {**_DEFAULTS, **options}
-    for name, lowest in (
-        ("timeout", 1),
-        ("backlog", 1),
-        ("grace", 0),
-        ("debug", 0),
-        ("max_data_size", _PACKET),
-    ):
-        if merged[name] < lowest:  # type: ignore[literal-required]
-            raise ValueError(f"{name} must be {lowest} or more, not {merged[name]}")  # type: ignore[literal-required]
-    return merged

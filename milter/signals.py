@@ -12,11 +12,12 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_ASKED, _INSISTED = 0, 255  # no signals
 _LOOKS = 500  # one each millisecond
 
 
@@ -28,18 +29,34 @@ class Bell:
     thread took the signal.
     """
 
-    _ASKED = 0
-
-    def __init__(self) -> None:
+    def __init__(
+        self, asking: Collection[int] = (_ASKED, *_SIGNALS), insisting: Collection[int] = (_ASKED, *_SIGNALS)
+    ) -> None:
+        """What asks for the stop, and what, coming after that, for the end of the draining: ``_ASKED``, or signals."""
+        self._asking = frozenset((_INSISTED, *asking))
+        self._insisting = frozenset((_INSISTED, *insisting))
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
         os.set_blocking(self._writer, False)
         self._in_use = 1  # by its owner, and by the signals while they ring it
 
+    @classmethod
+    def of_a_worker(cls) -> "Bell":
+        """Its supervisor decides: SIGINT and SIGHUP are meant for that, and no signal ends the draining."""
+        return cls(asking=(_ASKED, signal.SIGTERM), insisting=())
+
     def ring(self) -> None:
+        """Ask for the stop."""
+        self._write(_ASKED)
+
+    def insist(self) -> None:
+        """Ask for the end of the draining."""
+        self._write(_INSISTED)
+
+    def _write(self, number: int) -> None:
         if self._in_use:
             with contextlib.suppress(BlockingIOError):  # full: it rings already
-                os.write(self._writer, bytes([self._ASKED]))
+                os.write(self._writer, bytes([number]))
 
     def wait(self, other: int) -> bool:
         """Wait until it rings (True), or the descriptor `other` can be read."""
@@ -48,15 +65,21 @@ class Bell:
         poll.register(other, select.POLLIN)
         while True:
             ready = poll.poll()
-            if self.rings():
+            if self._heard(self._asking):
                 return True
             if any(descriptor == other for descriptor, _ in ready):
                 return False
 
-    def rings(self) -> bool:
-        """Has it rung since the last look?"""
+    def insists(self, within: float) -> bool:
+        """Has somebody asked for the end of the draining since the last look, or does within so many seconds?"""
+        poll = select.poll()
+        poll.register(self._reader, select.POLLIN)
+        poll.poll(within * 1000)
+        return self._heard(self._insisting)
+
+    def _heard(self, numbers: frozenset[int]) -> bool:
         with contextlib.suppress(BlockingIOError):
-            return any(number in (self._ASKED, *_SIGNALS) for number in os.read(self._reader, 4096))
+            return not numbers.isdisjoint(os.read(self._reader, 4096))
         return False
 
     def close(self) -> None:
@@ -114,10 +137,10 @@ def wait_for_signal_thread() -> None:
 def _waits_for_signals(task: Path) -> bool:
     """All signals are blocked in libmilter's threads; sigwait(3) unblocks those it waits for."""
     try:
-        status = (task / "status").read_text("ascii", "replace")
+        status = (task / "status").read_bytes()
     except OSError:  # a thread that has ended
         return False
-    blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+    blocked = int(status.partition(b"SigBlk:")[2].split()[0], 16)
     return _has(blocked, signal.SIGUSR1) and not _has(blocked, signal.SIGTERM)
 
 

@@ -6,7 +6,6 @@ only, and keeps the descriptor to itself. So it is let open one that nobody know
 family; its descriptor is found by its address, and from then on ``dup2`` decides what is behind it.
 """
 
-import os
 import secrets
 import socket
 import tempfile
@@ -14,12 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from milter.descriptors import sockets
 from milter.errors import MilterError
-from milter.listener import duplicate
 
 _ATTEMPTS = 20
 _EPHEMERAL_PORTS = (49152, 65535)
-_MOST_DESCRIPTORS = 65536
 _LONGEST_DIRECTORY = 100
 
 
@@ -58,8 +56,8 @@ class Placeholder:
 
     def find(self) -> int:
         """The descriptor behind which libmilter's socket is."""
-        for descriptor in _descriptors():
-            if _listens(descriptor, self._family, self._address):
+        for descriptor, candidate in sockets():
+            if _listens(candidate, self._family, self._address):
                 return descriptor
         raise MilterError("libmilter's listening socket was not found among the descriptors of this process")
 
@@ -89,21 +87,9 @@ def _private_directory() -> Path:
     return Path(directory)
 
 
-def _descriptors() -> list[int]:
-    try:
-        return [int(name) for name in os.listdir("/proc/self/fd")]
-    except OSError:  # no /proc, as in a bare chroot
-        return list(range(min(os.sysconf("SC_OPEN_MAX"), _MOST_DESCRIPTORS)))
-
-
-def _listens(descriptor: int, family: int, address: tuple[str, int] | str) -> bool:
-    try:
-        candidate = duplicate(descriptor)
-    except OSError:  # closed since it was listed, or no socket
-        return False
-    with candidate:
-        return (
-            candidate.family == family
-            and candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
-            and candidate.getsockname()[: len(address)] == address
-        )
+def _listens(candidate: socket.socket, family: int, address: tuple[str, int] | str) -> bool:
+    return (
+        candidate.family == family
+        and candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
+        and candidate.getsockname()[: len(address)] == address
+    )

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self, TypeAlias
@@ -67,6 +67,13 @@ class Output:
             raise AssertionError(f"{self._name} {state} without {text!r}:\n{self.text}")
         return line
 
+    def wait_for_count(self, text: str, count: int) -> None:
+        """Wait until so many lines contain `text`."""
+        with self._news:
+            self._news.wait_for(lambda: self._ended or self._count(text) >= count, PATIENCE)
+            found = self._count(text)
+        assert found >= count, f"{self._name} has {text!r} {found} times, not {count}:\n{self.text}"
+
     def finish(self) -> None:
         """Wait for the end of the stream."""
         self._thread.join(PATIENCE)
@@ -74,6 +81,9 @@ class Output:
 
     def _find(self, text: str) -> str | None:
         return next((line for line in self._lines if text in line), None)
+
+    def _count(self, text: str) -> int:
+        return sum(text in line for line in self._lines)
 
     def _read(self) -> None:
         with self._stream:
@@ -93,18 +103,29 @@ class FilterProcess:
         arguments: what follows `python` on the command line; relative paths count from the repository.
         umask: of the process, which decides who may connect to its Unix socket; -1 leaves it as it is here.
         library: the directory of the package `milter`; None for the one that is imported here.
+        directory: where it is started; None for the repository.
+        environment: variables that it gets besides.
+        descriptors: that it inherits.
     """
 
-    def __init__(self, *arguments: str | Path, umask: int = -1, library: Path | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: str | Path,
+        umask: int = -1,
+        library: Path | None = None,
+        directory: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        descriptors: Sequence[int] = (),
+    ) -> None:
         self._command = [sys.executable, *map(str, arguments)]
         self._waited_for = False
         log, log_writer = os.pipe()
         try:
             self._process = subprocess.Popen(
                 self._command,
-                cwd=REPOSITORY,
-                env=_environment(log_writer, library),
-                pass_fds=[log_writer],
+                cwd=directory or REPOSITORY,
+                env={**_environment(log_writer, library), **(environment or {})},
+                pass_fds=[log_writer, *descriptors],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -131,6 +152,8 @@ class FilterProcess:
         finally:
             self._process.kill()
             self._process.wait()
+            if error is not None:
+                sys.stdout.write(str(self))
             assert self._process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()

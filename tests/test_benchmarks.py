@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import chart, report
+from benchmarks import chart, report, waiting
 from benchmarks.contenders import Contender, Program
 from benchmarks.generator import Generator, LoadFailed, Told
 from benchmarks.requirements import REQUIRED, judge
@@ -107,6 +107,29 @@ def test_the_benchmarks_own_filters(generator: Generator, tmp_path: Path, script
     app = runpy.run_path(str(HERE / "filters" / f"{script}.py"))["app"]
     told = play(generator, app, tmp_path)
     assert (told["messages"], told["wrong"]) == (40, 0)
+
+
+def test_the_filter_that_waits(generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = str(HERE / "filters" / "milter_waiting.py")
+    monkeypatch.setattr(sys, "argv", [script, "0.001"])
+    told = play(generator, runpy.run_path(script)["app"], tmp_path, connections=40, per_connection=1)
+    assert (told["messages"], told["wrong"]) == (40, 0)
+
+
+@pytest.mark.parametrize(
+    ("told", "code", "verdict"),
+    [
+        ({"messages": 500, "wrong": 0, "seconds": 1.99}, 0, "ok"),
+        ({"messages": 500, "wrong": 0, "seconds": 2.01}, 1, "MISSED"),
+        ({"messages": 499, "wrong": 0, "seconds": 1.5}, 1, "MISSED"),
+        ({"messages": 500, "wrong": 1, "seconds": 1.5}, 1, "MISSED"),
+    ],
+)
+def test_waiting_is_judged(told: Told, code: int, verdict: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert waiting.judge({"complaints": ["no answer"], **told}, 500, 1.0, 50000) == code
+    said = capsys.readouterr().out
+    assert f"(required: all within 2 s): {verdict}." in said
+    assert "wrong: no answer" in said
 
 
 # ---- Wrong filters ---------------------------------------------------------------------------

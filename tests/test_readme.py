@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The program in README.md runs, and does what the text says."""
+"""The programs in README.md run, and do what the text says."""
 
 import re
+import socketserver
+import threading
 from pathlib import Path
 
 from milter import Milter
 from milter.testing import AddHeader, Envelope, Message, Postfix, Verdict
-from tests.conftest import Serve, send_content
+from tests.conftest import Serve, begin_message, send_content
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def program(number: int) -> Milter:
+def program(number: int, scanner: str = "") -> Milter:
     source = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[number]
+    source = source.replace("/run/scanner.sock", scanner)
     names: dict[str, object] = {"__name__": "readme"}
     exec(source, names)
     app = names["app"]
@@ -41,3 +44,20 @@ def test_the_second_program_refuses_a_virus_and_marks_what_passes(serve: Serve) 
     assert delivery.envelope == Envelope.of("ann@client.example", "bob@mta.example", "archive@mail.example")
     assert virus.end is not None
     assert (virus.end.answer.code, virus.end.answer.lines) == (554, ("virus found",))
+
+
+class Scanner(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        self.wfile.write(b"bad" if b"virus" in self.rfile.read() else b"good")
+
+
+def test_the_third_program_asks_a_scanner(serve: Serve, tmp_path: Path) -> None:
+    with socketserver.ThreadingUnixStreamServer(f"{tmp_path}/scanner.sock", Scanner) as scanner:
+        threading.Thread(target=scanner.serve_forever).start()
+        client = serve(program(2, f"{tmp_path}/scanner.sock")).greeted()
+        verdicts = []
+        for body in (b"a text\r\n", b"a virus\r\n"):
+            begin_message(client)
+            verdicts.append(send_content(client, body).answer.verdict)
+        scanner.shutdown()
+    assert verdicts == [Verdict.CONTINUE, Verdict.REJECT]

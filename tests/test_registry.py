@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Decorating functions: what is accepted, what is refused and how that is told; what the registry implies."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -60,11 +61,61 @@ def test_what_is_no_function_is_refused(thing: Any) -> None:
         Milter("test").on_helo(thing)
 
 
-def test_a_coroutine_function_is_refused_instead_of_never_awaited() -> None:
-    async def later(ctx: Context, name: str) -> None: ...
+class Asynchronous:
+    async def method(self, *arguments: Any) -> None: ...
 
-    with pytest.raises(RegistrationError, match="coroutine"):
-        Milter("test").on_helo(later)  # type: ignore[arg-type]
+    async def __call__(self, *arguments: Any) -> None: ...
+
+
+async def coroutine_function(*arguments: Any) -> Status:
+    return Status.CONTINUE
+
+
+COROUTINE_FUNCTIONS = [
+    coroutine_function,
+    Asynchronous().method,
+    Asynchronous(),
+    functools.partial(coroutine_function),
+    functools.partial(functools.partial(Asynchronous())),
+]
+
+
+@pytest.mark.parametrize("function", COROUTINE_FUNCTIONS)
+def test_coroutine_functions_of_all_kinds_are_known_as_such(function: Any) -> None:
+    app = Milter("test")
+    app.on_helo(function)
+    app.on_helo(accept_anything)
+    assert [handler.asynchronous for handler in app.handlers[Stage.HELO]] == [True, False]
+    assert make_plan(app).waits
+
+
+def test_a_plan_of_plain_functions_waits_for_nothing() -> None:
+    app = Milter("test")
+    app.on_start(Asynchronous().method)
+    app.on_helo(accept_anything)
+    assert not make_plan(app).waits
+
+
+@pytest.mark.parametrize("function", COROUTINE_FUNCTIONS)
+def test_a_negotiation_waits_for_nothing(function: Any) -> None:
+    app = Milter("test")
+    with pytest.raises(RegistrationError, match=r"on_negotiate takes plain functions only.*write: def on_negotiate\("):
+        app.on_negotiate(function)
+    assert app.handlers[Stage.NEGOTIATE] == []
+
+
+def test_an_asynchronous_generator_is_refused() -> None:
+    async def generator(ctx: Context, name: str) -> Any:
+        yield Status.CONTINUE
+
+    with pytest.raises(RegistrationError, match="is an asynchronous generator, since it has a yield"):
+        Milter("test").on_helo(generator)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 0.0, float("nan"), float("inf")])
+def test_a_limit_of_time_is_a_number_of_seconds(seconds: float) -> None:
+    with pytest.raises(ValueError, match="handler_timeout must be more than 0 seconds, or None"):
+        Milter("test", handler_timeout=seconds)
 
 
 def test_decorating_gives_the_function_back() -> None:

@@ -379,7 +379,7 @@ def test_an_option_out_of_range_is_refused(options: dict[str, Any], reason: str)
 
 
 def test_an_unknown_option_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(TypeError, match=r"unknown options: workers_; there are backlog, debug, grace"):
+    with pytest.raises(TypeError, match=r"unknown options: workers_; there are access_log, backlog, debug, grace"):
         Milter("test").start("unix:unused", workers_=2)  # type: ignore[call-arg]
 
 

@@ -26,7 +26,7 @@ enum milter_mode { MILTER_IGNORE, MILTER_RECORD, MILTER_DEFER, MILTER_ENTER };
 #define MILTER_HOLDS ...
 enum milter_result {
     MILTER_OK, MILTER_EXPIRED, MILTER_NOT_EOM, MILTER_NOT_GRANTED, MILTER_TOO_LONG, MILTER_BODY_OVER, MILTER_FAILED,
-    MILTER_ABSENT, ...
+    MILTER_ABSENT, MILTER_BUSY, ...
 };
 
 struct milter_plan {
@@ -39,6 +39,7 @@ struct milter_plan {
     int negotiates;
     int gathers;
     int leading_space;
+    int waits;
     size_t spool_size;
     const char *spool_directory;
     int *open_sessions;
@@ -97,6 +98,7 @@ int milter_remove_recipient(struct milter_session *session, uint64_t token, cons
 int milter_send_body(struct milter_session *session, uint64_t token, const char *data, size_t size);
 int milter_quarantine(struct milter_session *session, uint64_t token, const char *reason);
 int milter_progress(struct milter_session *session, uint64_t token);
+int milter_offer_progress(struct milter_session *session, uint64_t token);
 char *milter_reserve_changes(struct milter_event *event, size_t size);
 
 /* libmilter's I/O: see io.h. */

@@ -15,7 +15,7 @@
  * When what was written goes out
  *
  *   Before the session waits for input, before it enters Python and after a
- *   progress packet (milter_io_flush), when the block is full, and at the end.
+ *   progress packet (milter_io_flush, milter_io_push), when the block is full, and at the end.
  *   So a session that waits for its MTA holds nothing back, and no memory: its
  *   block was given back.
  *
@@ -420,7 +420,7 @@ static bool flush(struct connection *connection, int fd)
     return connection->error == 0;
 }
 
-/* By whoever closes the session, without waiting: libmilter holds its lock then. */
+/* By whoever serves the session, without waiting; and by whoever closes it, when libmilter holds its lock. */
 static void flush_what_goes(struct connection *connection, int fd)
 {
     size_t left = 0;
@@ -594,6 +594,18 @@ bool milter_io_flush(int fd)
 {
     struct connection *connection = connection_of(fd);
     return connection == NULL || flush(connection, fd);
+}
+
+int milter_io_push(int fd)
+{
+    struct connection *connection = connection_of(fd);
+
+    if (connection == NULL)
+        return 1;
+    flush_what_goes(connection, fd);
+    if (connection->error != 0)
+        return -1;
+    return gathered(connection) == 0 && !connection->blocked;
 }
 
 int milter_io_log_to(int fd)
@@ -813,6 +825,12 @@ bool milter_io_flush(int fd)
 {
     (void)fd;
     return true;
+}
+
+int milter_io_push(int fd)
+{
+    (void)fd;
+    return 1;
 }
 
 int milter_io_log_to(int fd)

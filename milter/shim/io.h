@@ -26,6 +26,13 @@ int milter_io_descriptor(void);
 bool milter_io_flush(int fd);
 
 /*
+ * The same without waiting, by the same threads. 1: all is written (or this is any
+ * other descriptor); 0: the peer must read first; -1: it failed, and the session
+ * will end.
+ */
+int milter_io_push(int fd);
+
+/*
  * libmilter's log lines go to this descriptor, a non-blocking pipe, each with
  * its priority: "<3>text\n", PIPE_BUF bytes at most. -1, and whatever the pipe
  * does not take: to the system's log. Any thread. Returns the descriptor until

@@ -16,6 +16,7 @@
  *   4. Otherwise enter_python() passes the gate, gives the session a token, and
  *      takes its turn (turns.c): milter_python_enter is called with the whole log, by
  *      this thread, or by another one that is in Python anyway. This takes the GIL.
+ *      Where handlers are coroutines, nobody takes turns: each thread waits for its own.
  *   5. Handlers act through the functions under "The session" in the header.
  *      Each takes the session's lock, and does nothing unless its token is the
  *      session's: the call that a context was made for is still going on.
@@ -534,7 +535,7 @@ static int enter_python(struct milter_session *session, enum milter_stage stage,
         event.changes = changes;
         event.changes_capacity = sizeof changes;
         session->seen = session->in_message;
-        answer = milter_take_turn(&event);
+        answer = session->run->plan.waits ? milter_python_enter(&event) : milter_take_turn(&event);
         end_call(session);
         sent = send_changes(session, &event, answer);
     }
@@ -1085,19 +1086,24 @@ static int lock_session(struct milter_session *session, uint64_t token)
     return MILTER_EXPIRED;
 }
 
-/* The same for an action, which needs the end of the message and the MTA's grant (0: none). */
+/* Under the session's lock: what an action needs is the end of the message and the MTA's grant (0: none). */
+static int may_act(const struct milter_session *session, unsigned long grant, size_t size)
+{
+    if (session->stage != MILTER_EOM)
+        return MILTER_NOT_EOM;
+    if ((session->actions & grant) != grant)
+        return MILTER_NOT_GRANTED;
+    return size > atomic_load(&max_data_size) ? MILTER_TOO_LONG : MILTER_OK;
+}
+
+/* The same as lock_session for an action. */
 static int lock_for_action(struct milter_session *session, uint64_t token, unsigned long grant, size_t size)
 {
     int result = lock_session(session, token);
 
     if (result != MILTER_OK)
         return result;
-    if (session->stage != MILTER_EOM)
-        result = MILTER_NOT_EOM;
-    else if ((session->actions & grant) != grant)
-        result = MILTER_NOT_GRANTED;
-    else if (size > atomic_load(&max_data_size))
-        result = MILTER_TOO_LONG;
+    result = may_act(session, grant, size);
     if (result != MILTER_OK)
         pthread_mutex_unlock(&session->lock);
     return result;
@@ -1284,20 +1290,57 @@ int milter_quarantine(struct milter_session *session, uint64_t token, const char
 }
 
 /*
- * Also by another thread than the handler's. Within a new body it would break it,
- * and is left out; whether the body is whole shows only when something follows it.
+ * Under the session's lock. Within a new body progress would break it, and is left
+ * out; whether the body is whole shows only when something follows it.
  */
+static int send_progress(struct milter_session *session)
+{
+    return session->body != BODY_BEGUN ? smfi_progress(session->ctx) : MI_SUCCESS;
+}
+
+/* Also by another thread than the handler's. */
 int milter_progress(struct milter_session *session, uint64_t token)
 {
     const int result = lock_for_action(session, token, 0, 0);
 
     if (result != MILTER_OK)
         return result;
-    int sent = session->body != BODY_BEGUN ? smfi_progress(session->ctx) : MI_SUCCESS;
+    int sent = send_progress(session);
     if (!milter_io_flush(session->descriptor))
         sent = MI_FAILURE;
     pthread_mutex_unlock(&session->lock);
     return sent == MI_SUCCESS ? MILTER_OK : MILTER_FAILED;
+}
+
+/* Under the session's lock. An MTA that has not read what was sent before needs no more; it would be waited for. */
+static int send_progress_if_read(struct milter_session *session)
+{
+    const int before = milter_io_push(session->descriptor);
+
+    if (before <= 0)
+        return before < 0 ? MILTER_FAILED : MILTER_BUSY;
+    if (send_progress(session) != MI_SUCCESS || milter_io_push(session->descriptor) < 0)
+        return MILTER_FAILED;
+    return MILTER_OK;
+}
+
+/*
+ * By the one thread that shows progress for all sessions (milter/progress.py), so
+ * it waits for none of them. A lock that is taken: an action is under way, which
+ * shows progress itself, or waits for its MTA.
+ */
+int milter_offer_progress(struct milter_session *session, uint64_t token)
+{
+    int result = MILTER_EXPIRED;
+
+    if (pthread_mutex_trylock(&session->lock) != 0)
+        return MILTER_BUSY;
+    if (session->token == token && token != 0)
+        result = may_act(session, 0, 0);
+    if (result == MILTER_OK)
+        result = send_progress_if_read(session);
+    pthread_mutex_unlock(&session->lock);
+    return result;
 }
 
 /* Once within milter_python_enter: room for so many bytes of changes, which C frees. NULL: out of memory. */

@@ -65,7 +65,8 @@ enum milter_result {
     MILTER_TOO_LONG = -4,    /* longer than one packet of the protocol */
     MILTER_BODY_OVER = -5,   /* another action came after the first part of the new body */
     MILTER_FAILED = -6,      /* libmilter refused, or the connection is gone */
-    MILTER_ABSENT = -7       /* no such macro */
+    MILTER_ABSENT = -7,      /* no such macro */
+    MILTER_BUSY = -8         /* not without waiting */
 };
 
 /* What a registry of handlers implies; Python's memory, copied by milter_begin. */
@@ -79,6 +80,7 @@ struct milter_plan {
     int negotiates;                    /* Python wants to see each negotiation */
     int gathers;                       /* whole messages are wanted at their end */
     int leading_space;                 /* handlers want the space after a header's colon */
+    int waits;                         /* handlers are coroutines: events go into Python without a turn */
     size_t spool_size;                 /* bytes of a gathered message that stay in memory */
     const char *spool_directory;       /* for the file of a longer one */
     int *open_sessions;                /* where to count them besides, for somebody who looks on; or NULL */
@@ -143,6 +145,7 @@ int milter_remove_recipient(struct milter_session *session, uint64_t token, cons
 int milter_send_body(struct milter_session *session, uint64_t token, const char *data, size_t size);
 int milter_quarantine(struct milter_session *session, uint64_t token, const char *reason);
 int milter_progress(struct milter_session *session, uint64_t token);
+int milter_offer_progress(struct milter_session *session, uint64_t token);
 
 char *milter_reserve_changes(struct milter_event *event, size_t size);
 

@@ -8,8 +8,8 @@
  * runs Python meanwhile. So a thread that finds another one in Python leaves its
  * event in a queue, and waits. A thread of this file's own, the clerk, serves the
  * queue: Python stays on one processor, which stays awake. While it is awake, all events
- * go to it; otherwise a thread serves its own. For a handler nothing changes: a
- * session's events may come on any thread anyway.
+ * go to it, and those of threads that Python does not know; otherwise a thread serves its
+ * own. For a handler nothing changes: a session's events may come on any thread anyway.
  *
  * The invariants
  *
@@ -319,6 +319,18 @@ static void call_clerk(void)
 
 /* ---- A turn ------------------------------------------------------------------------------- */
 
+/*
+ * By any thread, without the lock. A thread that Python has not seen yet gets a
+ * thread state there, which takes longer than most events do: so it avoids this.
+ */
+static _Thread_local bool was_there;
+
+static int go(struct milter_event *event)
+{
+    was_there = true;
+    return milter_python_enter(event);
+}
+
 /* By a thread that found nobody in front; under the lock, which is released. */
 static int go_first(struct milter_event *event)
 {
@@ -326,7 +338,7 @@ static int go_first(struct milter_event *event)
     const int64_t start = begun;
 
     pthread_mutex_unlock(&lock);
-    const int answer = milter_python_enter(event);
+    const int answer = go(event);
     pthread_mutex_lock(&lock);
     took = now() - start;
     if (front == number) {
@@ -376,14 +388,14 @@ int milter_take_turn(struct milter_event *event)
     pthread_mutex_lock(&lock);
     if (goes_straight()) {
         pthread_mutex_unlock(&lock);
-        return milter_python_enter(event);
+        return go(event);
     }
-    if (front == 0 && !clerk_is_awake())
+    if (front == 0 && was_there && !clerk_is_awake())
         return go_first(event); /* releases the lock */
     put(&self);
     if (front == 0)
         call_clerk();
     if (wait_in_queue(&self) == SERVED) /* releases the lock */
         return self.answer;
-    return milter_python_enter(event);
+    return go(event);
 }

@@ -4,7 +4,7 @@
 import sys
 
 from milter import Context, Milter, Status
-from milter.server import RunOptions
+from milter.options import StartOptions
 
 app = Milter("options")
 
@@ -15,7 +15,7 @@ def tell_size(ctx: Context, name: str, value: str) -> Status:
     return Status.CONTINUE
 
 
-options: RunOptions = {}
+options: StartOptions = {}
 for argument in sys.argv[2:]:
     name, _, number = argument.partition("=")
     options[name] = int(number)  # type: ignore[literal-required]

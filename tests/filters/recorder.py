@@ -21,12 +21,12 @@ from collections.abc import Callable
 from typing import Any
 
 from milter import ActionError, Context, EomContext, Milter, Status
-from milter.server import RunOptions
+from milter.options import StartOptions
 
 path, mode, *arguments = sys.argv[1:]
 numbers = {name: int(number) for name, _, number in (argument.partition("=") for argument in arguments)}
 descriptors = numbers.pop("descriptors", 0)
-options: RunOptions = numbers  # type: ignore[assignment]
+options: StartOptions = numbers  # type: ignore[assignment]
 
 app = Milter("recorder")
 one_at_a_time = threading.Lock()

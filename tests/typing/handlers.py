@@ -79,6 +79,19 @@ def bare(ctx: Context) -> Status:
 def start() -> None: ...
 
 
+@plain.on_helo
+async def later(ctx: Context, name: str) -> Status | Reply | None:
+    return None
+
+
+@plain.on_close
+async def observes_later(ctx: Context) -> None: ...
+
+
+@plain.on_stop
+async def stop() -> None: ...
+
+
 # ---- Wrong
 
 
@@ -95,6 +108,15 @@ def wrong_argument(ctx: Context, name: bytes) -> Status:
 @plain.on_helo  # error: Argument 1 to "__call__" of "Register" has incompatible type
 def wrong_result(ctx: Context, name: str) -> int:
     return 4
+
+
+@plain.on_helo  # error: Argument 1 to "__call__" of "Register" has incompatible type
+async def wrong_result_later(ctx: Context, name: str) -> int:
+    return 4
+
+
+@plain.on_negotiate  # error: Argument 1 to "__call__" of "Register" has incompatible type
+async def negotiates_later(ctx: NegotiateContext) -> None: ...
 
 
 @plain.on_abort  # error: Argument 1 to "__call__" of "Register" has incompatible type

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Where the coroutines of a filter run: an asyncio event loop in a thread of its own.
+
+The way of a handler that is a coroutine:
+
+1. A thread of libmilter calls the function, which makes a coroutine, and submits it here as a job.
+2. It waits, without the GIL, for the lock that the job came with.
+3. The loop makes a task of it. When that ends, in whatever way, the job is settled: result or exception
+   are noted, and the lock is released.
+4. The thread of libmilter goes on with what it finds.
+
+The invariants:
+
+- A job is among the open ones from its submission until it is settled. Who takes it from there, under the lock
+  of the loop, settles it; so each job is settled once, and whatever happens to the loop, nobody waits for ever: what
+  is open when the loop ends is settled then.
+- Time is kept by those who wait, not by the loop, which a coroutine may block.
+- A job that was cancelled has failed, even if its coroutine catches that and returns something: it is never
+  taken for a verdict.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+
+from milter.coroutines import NoEventLoop, discard, is_coroutine_function
+
+__all__ = ["EventLoop"]
+
+log = logging.getLogger("milter")
+
+_GRACE = 1.0  # seconds that a coroutine gets to end once it was cancelled
+_LAST_WAIT = 5.0  # seconds that background tasks of the filter get to end
+
+
+_Outcome: TypeAlias = tuple[Any, BaseException | None]
+
+
+class _Job:
+    """A coroutine, and somebody who waits for it."""
+
+    __slots__ = ("_over", "awaitable", "cancelled_because", "failure", "result", "task")
+
+    def __init__(self, awaitable: Awaitable[Any]) -> None:
+        self.awaitable = awaitable
+        self.task: asyncio.Task[_Outcome] | None = None
+        self.cancelled_because = ""
+        # By who settles it, before it wakes who waits:
+        self.result: Any = None
+        self.failure: BaseException | None = None
+        self._over = threading.Lock()
+        self._over.acquire()
+
+    async def perform(self) -> "_Outcome":
+        """On the loop. Raises nothing: SystemExit would end the loop instead of the handler."""
+        try:
+            return await self.awaitable, None
+        except BaseException as failure:
+            return None, failure
+
+    def wait(self, seconds: float | None) -> bool:
+        """Is it settled within this time?"""
+        return self._over.acquire(timeout=-1 if seconds is None else min(seconds, threading.TIMEOUT_MAX))
+
+    def settle(self, outcome: "_Outcome") -> None:
+        self.result, self.failure = outcome
+        self._over.release()
+
+    def outcome(self) -> Any:
+        """Its result, or its exception raised; once."""
+        failure, self.failure = self.failure, None
+        if failure is None:
+            return self.result
+        try:
+            raise failure
+        finally:
+            del failure  # or the exception and its traceback would refer to each other
+
+
+class EventLoop(NoEventLoop):
+    """The event loop of one server: it runs until :meth:`stop`. `timeout`: seconds that a handler may take."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._timeout = timeout
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = self._runner.get_loop()
+        self._ending = False
+        # Under the lock:
+        self._lock = threading.Lock()
+        self._jobs: set[_Job] = set()
+        self._closed = False
+        self._drained = False
+        self._thread = threading.Thread(target=self._serve, name="milter event loop", daemon=True)
+        self._thread.start()
+
+    # ---- By the thread that starts and stops the server
+
+    def run_hook(self, hook: Callable[[], Any]) -> None:
+        """Call a hook of the process, and wait until it has ended."""
+        if not is_coroutine_function(hook):
+            super().run_hook(hook)
+            return
+        job = self._submit(hook())
+        try:
+            job.wait(None)
+        except BaseException as interruption:
+            self._post(self._cancel, job, f"interrupted by {interruption!r}")
+            raise
+        job.outcome()
+
+    def end_handlers(self, wait: Callable[[int], int]) -> bool:
+        """Cancel the coroutines of handlers that still run. False: handlers run all the same.
+
+        `wait` waits for the end of all calls of handlers, at most so many milliseconds, and tells how many are left.
+        Those of a coroutine that does not end by being cancelled are answered without it.
+        """
+        milliseconds = int(_GRACE * 1000)
+        jobs = self._drain()
+        for job in jobs:
+            self._post(self._cancel, job, "the filter stops")
+        if not jobs or wait(milliseconds) == 0:
+            return wait(0) == 0
+        for job in jobs:
+            self._settle(job, _cancelled("the filter stops, and the handler does not end by being cancelled"))
+        return wait(milliseconds) == 0
+
+    def stop(self) -> None:
+        """Cancel what still runs, the filter's own background tasks, and end the loop."""
+        self._ending = True
+        self._post(self._loop.stop)
+        self._thread.join(_LAST_WAIT)
+        if self._thread.is_alive():
+            log.critical("coroutines were cancelled and do not end: the event loop is left behind")
+
+    # ---- By the threads of libmilter
+
+    def answer(self, awaitable: Awaitable[Any], name: str) -> Any:
+        """What the coroutine of the handler `name` returns, or raises. Waits for it, without the GIL."""
+        job = self._submit_if_serving(awaitable)
+        if job.wait(self._timeout):
+            return job.outcome()
+        self._post(self._cancel, job, "handler_timeout")
+        late = f"{name} was cancelled, since it took longer than {self._timeout:g} seconds (Milter.handler_timeout)"
+        if job.wait(_GRACE):
+            raise TimeoutError(late) from job.failure
+        self._take(job)
+        raise TimeoutError(
+            f"{late}, and did not end by that: it catches asyncio.CancelledError, or something blocks the event loop. "
+            "It is answered without it"
+        )
+
+    # ---- Jobs: any thread
+
+    def _submit(self, awaitable: Awaitable[Any]) -> _Job:
+        with self._lock:
+            return self._add(awaitable)
+
+    def _submit_if_serving(self, awaitable: Awaitable[Any]) -> _Job:
+        with self._lock:
+            if self._drained:
+                discard(awaitable)
+                raise asyncio.CancelledError("the filter stops")
+            return self._add(awaitable)
+
+    def _add(self, awaitable: Awaitable[Any]) -> _Job:
+        """Under the lock."""
+        if self._closed:
+            discard(awaitable)
+            raise asyncio.CancelledError("the event loop has ended")
+        job = _Job(awaitable)
+        self._jobs.add(job)
+        self._loop.call_soon_threadsafe(self._begin, job)
+        return job
+
+    def _drain(self) -> list[_Job]:
+        """The open jobs; no handler can submit another one."""
+        with self._lock:
+            self._drained = True
+            return list(self._jobs)
+
+    def _take(self, job: _Job) -> bool:
+        """From the open ones. False: somebody else did."""
+        with self._lock:
+            found = job in self._jobs
+            self._jobs.discard(job)
+            return found
+
+    def _settle(self, job: _Job, outcome: _Outcome) -> None:
+        if self._take(job):
+            job.settle(outcome)
+
+    def _post(self, callback: Callable[..., object], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # it is closed; whoever waited has been told
+            self._loop.call_soon_threadsafe(callback, *arguments)
+
+    # ---- On the loop
+
+    def _begin(self, job: _Job) -> None:
+        if job not in self._jobs:  # nobody waits any more
+            discard(job.awaitable)
+            return
+        job.task = self._loop.create_task(job.perform())
+        job.task.add_done_callback(lambda task: self._end(job, task))
+
+    def _end(self, job: _Job, task: "asyncio.Task[_Outcome]") -> None:
+        if task.cancelled():  # before its first step
+            discard(job.awaitable)
+            outcome = _cancelled(job.cancelled_because)
+        else:
+            outcome = task.result()
+        if job.cancelled_because and outcome[1] is None:
+            outcome = _cancelled(f"{job.cancelled_because}; what the coroutine returned afterwards does not count")
+        job.task = None  # which keeps its outcome, an exception whose traceback may refer to the job
+        self._settle(job, outcome)
+
+    def _cancel(self, job: _Job, because: str) -> None:
+        if job in self._jobs and job.task is not None and not job.task.done():
+            job.cancelled_because = because
+            job.task.cancel(because)
+
+    def _serve(self) -> None:
+        """The thread's life. A task of the filter that raises SystemExit, say, ends neither thread nor loop."""
+        while not self._ending:
+            try:
+                self._loop.run_forever()
+            except BaseException:
+                log.critical("a background task raised; the event loop goes on", exc_info=True)
+        with self._lock:
+            self._closed = True
+        for job in self._drain():
+            self._settle(job, _cancelled("the event loop has ended"))
+        self._runner.close()
+
+
+def _cancelled(because: str) -> _Outcome:
+    return None, asyncio.CancelledError(because)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A filter as a program: ``app.run()`` and ``milter run``.
+
+The order of a start: the pidfile; the socket is opened, by whoever may; the process, or each worker, becomes the user
+that is wanted; only then is code of the filter run. The order of an end is the other way round.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import socket as sockets
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, Unpack
+
+from milter import logs, metrics
+from milter.app import Milter
+from milter.errors import MilterError
+from milter.listener import Listener, SharedListener, open_listener
+from milter.loading import load
+from milter.options import RunOptions, run_options, those_of_start
+from milter.pidfile import pidfile
+from milter.privileges import Identity, identity
+from milter.server import Server
+from milter.signals import Bell
+from milter.supervisor import Supervisor
+
+__all__ = ["run", "run_by_name"]
+
+log = logging.getLogger("milter")
+
+
+def run(app: Milter[Any, Any], socket: str | None, **given: Unpack[RunOptions]) -> None:
+    """Serve until a signal or :meth:`Milter.stop <milter.Milter.stop>`; see :meth:`Milter.run <milter.Milter.run>`."""
+    options = run_options(given)
+    if threading.current_thread() is not threading.main_thread():
+        raise MilterError("run() belongs into the main thread, which gets the signals; use start() elsewhere")
+    if options["workers"] > 1:
+        if threading.active_count() > 1:
+            raise MilterError(
+                "run(workers=…) forks, and other threads do not survive that: start them in on_start, in each worker"
+            )
+        code = _supervise(lambda: app, app.name, socket, options)
+        if code:
+            raise SystemExit(code)
+        return
+    with _prepared(socket, options) as (listener, user):
+        if user is not None:
+            user.take_on()
+        _serve(app, listener, options)
+
+
+def run_by_name(name: str, socket: str | None, options: RunOptions) -> int:
+    """Serve the filter of this name (``module:app``), with a supervisor in any case; returns the exit code."""
+    return _supervise(functools.partial(load, name), name, socket, run_options(options))
+
+
+def _serve(app: Milter[Any, Any], listener: Listener, options: RunOptions) -> None:
+    bell = Bell()
+    with bell.rung_by_signals():
+        server = Server(app, listener, bell, **those_of_start(options)).start()
+        try:
+            server.wait()
+        finally:
+            server.stop()
+
+
+@contextlib.contextmanager
+def _prepared(socket: str | None, options: RunOptions) -> Any:
+    """What root can do, if it is wanted: the pidfile, the socket; and who to be."""
+    wanted = options["user"]
+    user = identity(wanted, options["group"]) if wanted is not None else None
+    _set_up_logging(options)
+    with pidfile(options["pidfile"]):
+        listener = open_listener(
+            socket,
+            backlog=options["backlog"],
+            remove_socket=options["remove_socket"],
+            mode=options["mode"],
+            group=user.group if user is not None else options["group"],
+            owner=user.user if user is not None else None,
+        )
+        with contextlib.closing(listener):
+            yield listener, user
+
+
+def _set_up_logging(options: RunOptions) -> None:
+    level, form, syslog = options["log_level"], options["log_format"], options["syslog"]
+    if level is not None or form is not None or syslog is not None:
+        logs.configure(level or "info", form or "text", syslog)
+
+
+def _supervise(get: Any, name: str, socket: str | None, options: RunOptions) -> int:
+    with _prepared(socket, options) as (listener, user), _metrics(options["metrics"], listener, user) as forget:
+        work = functools.partial(_work, get, listener, user, options)
+        return Supervisor(listener, options["workers"], work, forget, grace=options["grace"], name=name).run()
+
+
+@contextlib.contextmanager
+def _metrics(address: str | None, listener: Listener, user: Identity | None) -> Iterator[Callable[[int], None]]:
+    """A process that answers Prometheus while this lasts. Gives what is to be called when a worker has ended."""
+    if address is None:
+        yield lambda process: None
+        return
+    with metrics.directory() as directory, metrics.listen(address) as endpoint:
+        if user is not None:
+            os.chown(directory.path, user.user, user.group)
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            _answer_prometheus(directory, endpoint, reader, (writer, listener.socket.fileno()), user)
+        os.close(reader)
+        endpoint.close()
+        try:
+            yield directory.forget
+        finally:
+            os.close(writer)
+            os.waitpid(child, 0)
+
+
+def _answer_prometheus(
+    directory: metrics.Directory,
+    endpoint: sockets.socket,
+    lifeline: int,
+    strange: tuple[int, int],
+    user: Identity | None,
+) -> NoReturn:
+    """In the child. It closes what is its parent's: the other end of the pipe, and the filter's socket."""
+    code = 1
+    try:
+        for descriptor in strange:
+            os.close(descriptor)
+        if user is not None:
+            user.take_on()
+        directory.serve(endpoint, lifeline)
+        code = 0
+    except BaseException:
+        log.critical("metrics are not told any more", exc_info=True)
+    finally:
+        os._exit(code)
+
+
+def _work(get: Any, listener: Listener, user: Identity | None, options: RunOptions, control: sockets.socket) -> int:
+    """In a worker."""
+    from milter.worker import work
+
+    def make(bell: Bell) -> Server:
+        if user is not None:
+            user.take_on()
+        return Server(get(), SharedListener.of(listener), bell, **those_of_start(options))
+
+    return work(make, control)
