@@ -156,6 +156,7 @@ class Server:
             raise MilterError("the filter was never started")
         self._stopped = True
         self._app.server = None
+        self._bell.silence()
         libmilter.pause(self._listener.exclusive)
         self._listener.close()
         self._drain(self._run, self._listener, self._options["grace"] if grace is None else grace)

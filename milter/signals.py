@@ -70,6 +70,10 @@ class Bell:
             if any(descriptor == other for descriptor, _ in ready):
                 return False
 
+    def silence(self) -> None:
+        """Forget what rang until now: the draining begins, and what rang before was no request to end it."""
+        self._heard(self._asking)
+
     def insists(self, within: float) -> bool:
         """Has somebody asked for the end of the draining since the last look, or does within so many seconds?"""
         poll = select.poll()

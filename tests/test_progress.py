@@ -76,7 +76,9 @@ def test_progress_is_shown_again_and_again_while_handlers_work(serve: Serve, dec
     for _ in range(3):
         waits.seen.clear()
         ask_at_end(client)
-        assert client.receive().letter == b"h"
+        while (letter := client.receive().letter) == b"p":  # sent before the handler came so far
+            pass
+        assert letter == b"h"
         await_progress(client, 2)
         waits.seen.set()
         assert rest(client) == [b"h", b"a"]
