@@ -71,6 +71,16 @@ class Running(FilterProcess):
         client.helo()
         return client
 
+    def in_a_handler_that_waits(self) -> Client:
+        """A connection whose message's end waits for a line on the filter's standard input."""
+        client = self.greeted()
+        client.mail("<slow@client.example>")
+        client.rcpt("<bob@mta.example>")
+        client.data()
+        client.send(b"E")
+        self.stdout.wait_for("waiting")
+        return client
+
     def marks(self, client: Client | None = None) -> dict[str, str]:
         """The header fields that a message gets."""
         caller = client or self.greeted()
@@ -126,12 +136,7 @@ def test_a_message_under_way_is_finished_whoever_gets_the_signal(run: Any) -> No
     """A service manager may signal the workers, too: that is no second request."""
     process = run("--grace", "3600")
     worker = process.worker()
-    client = process.greeted()
-    client.mail("<slow@client.example>")
-    client.rcpt("<bob@mta.example>")
-    client.data()
-    client.send(b"E")
-    process.stdout.wait_for("waiting")
+    client = process.in_a_handler_that_waits()
     for pid in (worker, process.pid, worker, worker):
         os.kill(pid, signal.SIGTERM)
     process.log.wait_for("waiting up to 3600 seconds for the end of open connections")
@@ -169,12 +174,7 @@ def test_a_second_signal_ends_at_once(run: Any) -> None:
 
 def test_a_worker_in_a_handler_that_never_ends_is_given_up(run: Any) -> None:
     process = run("--grace", "0")
-    client = process.greeted()
-    client.mail("<slow@client.example>")
-    client.rcpt("<bob@mta.example>")
-    client.data()
-    client.send(b"E")
-    process.stdout.wait_for("waiting")
+    client = process.in_a_handler_that_waits()
     process.signal(signal.SIGTERM)
     assert process.wait() == 70
     assert "handlers are still running" in process.log.text

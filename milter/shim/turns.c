@@ -319,12 +319,10 @@ static void call_clerk(void)
 
 /* ---- A turn ------------------------------------------------------------------------------- */
 
-/*
- * By any thread, without the lock. A thread that Python has not seen yet gets a
- * thread state there, which takes longer than most events do: so it avoids this.
- */
+/* A thread that Python has not seen yet gets a thread state there, which takes longer than most events do. */
 static _Thread_local bool was_there;
 
+/* By any thread, without the lock. */
 static int go(struct milter_event *event)
 {
     was_there = true;
