@@ -425,22 +425,26 @@ def test_the_pidfile_has_the_supervisors_number_and_goes(run: Any, tmp_path: Pat
     assert not (tmp_path / "pid").exists()
 
 
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that other users can read. pytest's own ones are closed to them, again with each run that starts."""
+    with tempfile.TemporaryDirectory(prefix="milter-") as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_privileges_are_dropped_for_good_before_code_of_the_filter_runs(tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents:
-        if parent.is_relative_to("/tmp"):
-            parent.chmod(parent.stat().st_mode | 0o055)
+def test_privileges_are_dropped_for_good_before_code_of_the_filter_runs(open_directory: Path) -> None:
     text = FILTER + (
         'print("ids", os.getresuid(), os.getresgid(), os.getgroups(), os.environ["USER"], flush=True)\n'
         "try:\n    os.setuid(0)\nexcept PermissionError:\n    print('never root again', flush=True)\n"
     )
-    with Running(tmp_path, "--user", "nobody", "--group", "daemon", "--mode", "640", text=text) as process:
+    with Running(open_directory, "--user", "nobody", "--group", "daemon", "--mode", "640", text=text) as process:
         user, group = 65534, 1
         ids = process.stdout.wait_for("ids ")
         assert ids == f"ids ({user}, {user}, {user}) ({group}, {group}, {group}) [{group}] nobody"
         process.stdout.wait_for("never root again")
-        found = (tmp_path / "s").stat()
+        found = (open_directory / "s").stat()
         assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (user, group, 0o640)
         process.starts(1)
 
