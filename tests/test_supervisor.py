@@ -106,6 +106,9 @@ class Running(FilterProcess):
         self.log.wait_for_count(" is listening on ", count)
 
 
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for child processes in /proc")
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
@@ -533,6 +536,40 @@ def test_metrics_are_those_of_all_workers(run: Any, tmp_path: Path) -> None:
     assert list(tmp_path.glob("milter-metrics-*")) == []
     with pytest.raises(OSError, match="refused"):
         scraped(port)
+
+
+@needs_proc
+def test_the_process_that_tells_the_metrics_is_replaced(run: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    process = run("--metrics", str(port))
+    worker = process.worker()
+    (companion,) = [child for child in children(process.pid) if child != worker]
+    os.kill(companion, signal.SIGKILL)
+    process.stderr.wait_for(f"the process beside the workers, {companion}, was killed by SIGKILL; its place is taken")
+    assert scraped(port)['milter_messages_total{verdict="accept"}'] == "1.0"
+    process.stop()
+    with pytest.raises(OSError, match="refused"):
+        scraped(port)
+
+
+@needs_proc
+def test_a_process_of_metrics_that_cannot_live_is_given_up(run: Any) -> None:
+    process = run("--metrics", "0")
+    worker = process.worker()
+    for death in range(1, 11):
+        (companion,) = [child for child in children(process.pid) if child != worker]
+        os.kill(companion, signal.SIGKILL)
+        process.stderr.wait_for_count("was killed by SIGKILL", death)
+    assert process.stderr.text.count("its place is taken") == 9
+    assert process.stderr.text.count("it is not started again") == 1
+    assert children(process.pid) == [worker]
+    process.version()
+    process.stop()
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def scraped(port: int) -> dict[str, str]:
