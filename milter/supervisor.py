@@ -263,17 +263,27 @@ class Supervisor:
     def _fill(self, generation: int) -> None:
         if time.monotonic() >= self._not_before:
             for _ in range(self._missing(generation)):
-                self._fork(generation)
+                try:
+                    self._fork(generation)
+                except OSError as failure:  # too many processes, or descriptors; it may be better later
+                    log.error("a worker cannot be started: %s", failure.strerror)
+                    self._go_on_without(generation)
+                    return
 
     def _fork(self, generation: int) -> None:
+        """Raises `OSError` when the system has no process or descriptor for it."""
         ours, theirs = socket.socketpair()
 
         def be_worker() -> int:
             ours.close()
             return self._work(theirs)
 
-        pid = self._fork_child(be_worker)
-        theirs.close()
+        with contextlib.closing(theirs):
+            try:
+                pid = self._fork_child(be_worker)
+            except OSError:
+                ours.close()
+                raise
         worker = _Worker(pid, ours, generation)
         self._workers[pid] = worker
         self._selector.register(ours, selectors.EVENT_READ, worker)
@@ -310,7 +320,10 @@ class Supervisor:
     def _accompany(self) -> None:
         """There is a companion, if there shall be one."""
         if self._companion is not None and self._companion.is_missing():
-            self._companion.begin(self._fork_child(self._companion.be))
+            try:
+                self._companion.begin(self._fork_child(self._companion.be))
+            except OSError as failure:  # it is tried again with the next event
+                log.error("the process beside the workers cannot be started: %s", failure.strerror)
 
     def _bury(self, worker: _Worker, code: int) -> None:
         with contextlib.suppress(KeyError, ValueError):
@@ -331,7 +344,11 @@ class Supervisor:
     def _note_failed_start(self, worker: _Worker, code: int) -> None:
         if not worker.ready:
             log.error("worker %d %s before it could serve", worker.pid, _how(code))
-        if worker.generation == self._next:
+        self._go_on_without(worker.generation)
+
+    def _go_on_without(self, generation: int) -> None:
+        """A worker of this generation could not start."""
+        if generation == self._next:
             self._give_up_reload()
             return
         if not self._served:

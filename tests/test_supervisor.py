@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import tempfile
@@ -577,6 +578,25 @@ def scraped(port: int) -> dict[str, str]:
         lines = answer.read().decode().splitlines()
     figures = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
     return {name: value for name, value in figures}  # noqa: C416  (mypy knows no pairs in lists)
+
+
+@needs_proc
+def test_a_system_without_descriptors_for_a_worker(run: Any, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(PATIENCE)
+        process = run("--workers", "2", environment={"NOTIFY_SOCKET": str(tmp_path / "notify")})
+        assert manager.recv(100) == b"READY=1\n"
+    most = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    first, second = children(process.pid)
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, most[1]))  # and no new one: that is their number
+    os.kill(first, signal.SIGKILL)
+    process.stderr.wait_for("a worker cannot be started: Too many open files")
+    assert process.worker() == second
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, most)
+    process.starts(3)
+    assert len(children(process.pid)) == 2
+    process.stop()
 
 
 # ---- app.run(workers=…)
