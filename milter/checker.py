@@ -26,7 +26,7 @@ from milter.testing.client import (
     StageAnswer,
     Transcript,
 )
-from milter.testing.delivery import MTA, Delivery, Envelope, Message, ModificationError, Postfix, Sendmail
+from milter.testing.delivery import Delivery, DeliveryModel, Envelope, Message, ModificationError, Postfix, Sendmail
 from milter.testing.wire import (
     AddHeader,
     AddRecipient,
@@ -53,7 +53,7 @@ _EXIT_CODES = {
     Outcome.TEMPFAILED: TEMPFAILED,
 }
 
-_MTAS: dict[str, type[MTA]] = {"postfix": Postfix, "sendmail": Sendmail}
+_MTAS: dict[str, type[DeliveryModel]] = {"postfix": Postfix, "sendmail": Sendmail}
 
 SAMPLE_MESSAGE = b"""\
 From: Ann <ann@client.example>
@@ -180,7 +180,7 @@ def _visible_line(text: str) -> str:
     return "\t".join(printable(part) for part in text.split("\t"))
 
 
-def _report(transcript: Transcript, mta: MTA) -> int:
+def _report(transcript: Transcript, mta: DeliveryModel) -> int:
     """Print everything; returns the exit code."""
     _print(_stage_lines(transcript))
     outcome = transcript.outcome or Outcome.ACCEPTED
@@ -230,7 +230,9 @@ def _verdict(
     return f"{outcome.value}{decision}"
 
 
-def _replies(transcript: Transcript, mta: MTA, outcome: Outcome, refusal: ModificationError | None) -> Iterator[str]:
+def _replies(
+    transcript: Transcript, mta: DeliveryModel, outcome: Outcome, refusal: ModificationError | None
+) -> Iterator[str]:
     """What the SMTP client is told, line by line: of refused recipients, and of the message."""
     for entry in transcript.of(Command.RCPT):
         if _refuses(entry) and entry is not transcript.decision:
@@ -249,7 +251,7 @@ def _refuses(entry: StageAnswer) -> bool:
     return entry.answer is not None and (entry.answer.rejects or entry.answer.tempfails)
 
 
-def _refusal(mta: MTA, entry: StageAnswer) -> list[str]:
+def _refusal(mta: DeliveryModel, entry: StageAnswer) -> list[str]:
     answer = entry.answer or Answer(Verdict.CONTINUE)
     reply = mta.reply(entry.stage, answer, entry.argument.split(" ")[0])
     return [printable(line) for line in reply.split("\r\n")]
