@@ -128,13 +128,16 @@ class Session:
     """An SMTP session as the MTA sees it.
 
     ``macros``: more macros, or other values than the usual ones; names longer than a letter have
-    braces. What is defined here is sent at each stage whose list names it.
+    braces. What is defined here is sent at each stage whose list names it. ``stage_macros`` are sent
+    at their stage, whatever its list says. ``unasked``: the lists of a milter that asks for none.
     """
 
     hostname: str = "client.example"
     address: ClientAddress = field(default=ClientAddress(Family.INET, "192.0.2.1", 49152))
     helo: str = "client.example"
     macros: Mapping[str, str] = field(default_factory=dict)
+    stage_macros: Mapping[Command, Mapping[str, str]] = field(default_factory=dict)
+    unasked: Mapping[Command, str] = field(default_factory=lambda: POSTFIX_MACROS)
 
 
 class Outcome(Enum):
@@ -482,7 +485,7 @@ def _braced(name: str) -> str:
 
 
 # The macros of each stage as Postfix sends them unasked (its parameters milter_*_macros).
-_DEFAULT_MACROS: Mapping[Command, str] = {
+POSTFIX_MACROS: Mapping[Command, str] = {
     Command.CONNECT: "j {daemon_name} {daemon_addr} v _",
     Command.HELO: "{tls_version} {cipher} {cipher_bits} {cert_subject} {cert_issuer}",
     Command.MAIL: "{auth_type} {auth_authen} {auth_author} {mail_addr} {mail_host} {mail_mailer}",
@@ -696,11 +699,15 @@ class _Conversation:
         content = (Command.HEADER, Command.EOH, Command.BODY)
         if stage in content and self._client.negotiated.declines(stage):
             return
-        # An empty list leaves Postfix's own in place.
+        # An empty list leaves the MTA's own in place.
         requested = self._client.negotiated.macros.get(_LIST_OF.get(stage, -1), "")
-        names = (requested.strip() or _DEFAULT_MACROS[stage]).split()
+        names = requested.strip() or self._session.unasked.get(stage)
+        more = self._session.stage_macros.get(stage, {})
+        if names is None and not more:
+            return
         values = self._values | dict(self._session.macros)
-        self._client.macros(stage, {name: values[name] for name in names if name in values})
+        listed = {name: values[name] for name in (names or "").split() if name in values}
+        self._client.macros(stage, {**listed, **more})
 
     def _queue_id(self) -> str:
         return f"4Fz{self._messages:05d}Qx1"

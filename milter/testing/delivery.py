@@ -105,7 +105,7 @@ class Header:
 
 
 # A header line starts with printable ASCII and a colon (RFC 5322, section 2.2).
-_HEADER_START = re.compile(rb"[!-9;-~]+[ \t]*:")
+HEADER_START = re.compile(rb"[!-9;-~]+[ \t]*:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class Message:
         >>> message.headers, message.body
         ((Header(raw='Subject: hello\\n world'),), b'One\\r\\nTwo\\r\\n')
         """
-        if data.startswith(b"From ") and not _HEADER_START.match(data):
+        if data.startswith(b"From ") and not HEADER_START.match(data):
             data = b"X-Mailbox-Line: " + data
         raw_headers, body_start = _split_headers(data)
         headers = tuple(Header(decode_text(raw)) for raw in raw_headers)
@@ -150,7 +150,7 @@ def _split_headers(data: bytes) -> tuple[list[bytes], int]:
             return headers, end
         if line[:1] in b" \t" and headers:
             headers[-1] += b"\n" + line
-        elif _HEADER_START.match(line):
+        elif HEADER_START.match(line):
             headers.append(line)
         else:
             break
