@@ -193,6 +193,11 @@ def test_an_old_mta_offers_version_2_and_sends_no_data(run: Run, capsys: pytest.
     assert not notes.version_has_data
 
 
+def test_an_old_mta_does_not_offer_stages_without_a_reply(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(editor(), "--offer", "v2", "--json") == 0
+    assert "noreply_body" not in documents(capsys)[0]["negotiated"]["steps"]
+
+
 # ---- what becomes of a message
 
 

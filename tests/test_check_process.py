@@ -33,7 +33,7 @@ def interrupted(process: FilterProcess, *arguments: str) -> tuple[int, str]:
     process.stdout.wait_for_count("at the end of a message", 2)
     command.send_signal(signal.SIGINT)
     output, _ = command.communicate(timeout=PATIENCE)
-    process.say("go on")
+    process.end_input()
     return command.returncode, output
 
 
@@ -51,6 +51,13 @@ def test_ctrl_c_shows_what_was_measured_so_far(run_filter: RunFilter, tmp_path: 
     assert code == 130
     assert output.startswith("messages  1 of 1000 in ")
     assert output.endswith("verdicts  accepted 1\n")
+
+
+def test_ctrl_c_ends_those_who_send_at_once(run_filter: RunFilter, tmp_path: Path) -> None:
+    slow = run_filter("tests/filters/slow.py", f"unix:{tmp_path}/s")
+    code, output = interrupted(slow, "--repeat", "1000", "--connections", "2")
+    assert code == 130
+    assert re.match(r"messages  [01] of 1000 in ", output)
 
 
 def test_an_interrupted_measurement_says_so_to_programs(run_filter: RunFilter, tmp_path: Path) -> None:

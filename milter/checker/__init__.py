@@ -13,7 +13,15 @@ Nothing is sent anywhere else. ``milter.cli`` calls `add_arguments` and `main`. 
 - ``command`` puts them together.
 """
 
+import argparse
+
 from milter.checker.arguments import add_arguments
-from milter.checker.command import main
 
 __all__ = ["add_arguments", "main"]
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run ``milter check``; returns the exit code."""
+    from milter.checker import command  # what it needs besides is nothing for a filter that runs by "milter run"
+
+    return command.main(args)

@@ -2,23 +2,39 @@
 """Many messages, over several connections at once: how many a second, and how long each takes.
 
 Each message has a connection of its own, as the messages of different SMTP clients have. Its latency is the time
-from before the connecting to the verdict. The sender is Python, too, in one process: some thousand messages a second
-are its own limit, and a filter that is faster is not measured by it.
+from before the connecting to the verdict. Connections at once are processes, so that none waits for another.
+They are Python: some thousand messages a second are their own limit, and a faster filter is not measured by them.
 """
 
+import contextlib
 import math
-import threading
+import multiprocessing
+import signal
 import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple, TypeAlias
 
 from milter.checker.arguments import Order
 from milter.checker.mails import Source, as_received
-from milter.checker.sending import INTERRUPTED, Result, check_message, worst
+from milter.checker.sending import INTERRUPTED, check_message, worst
 from milter.testing.delivery import Message
+
+_Messages: TypeAlias = Sequence[tuple[str, Message]]
+
+
+class Attempt(NamedTuple):
+    """A message that was sent. ``verdict`` is None where there was none, ``reached`` whether the filter was."""
+
+    verdict: str | None
+    problem: str | None
+    exit_code: int
+    seconds: float
+    reached: bool
 
 
 @dataclass(slots=True)
@@ -55,14 +71,14 @@ class Figures:
         """The worst of all messages."""
         return INTERRUPTED if self.interrupted else worst(self.exit_codes)
 
-    def add(self, result: Result, seconds: float) -> None:
+    def add(self, attempt: Attempt) -> None:
         """Count a message."""
-        self.exit_codes.add(result.exit_code)
-        if result.outcome is None:
-            self.problems[result.problem or "no verdict"] += 1
+        self.exit_codes.add(attempt.exit_code)
+        if attempt.verdict is None:
+            self.problems[attempt.problem or "no verdict"] += 1
         else:
-            self.verdicts[result.outcome.value] += 1
-            self.times.append(seconds)
+            self.verdicts[attempt.verdict] += 1
+            self.times.append(attempt.seconds)
 
 
 def quantile(ordered: Sequence[float], part: float) -> float:
@@ -81,66 +97,92 @@ def measure(order: Order, sources: Sequence[Source], show: Callable[[Figures], N
     """
     messages = [(source.name, as_received(source.read(), order.rules)) for source in sources]
     figures = Figures(len(messages) * order.repeat, order.connections)
-    senders = _Senders(order, chain.from_iterable(repeat(messages, order.repeat)), figures, show)
-    start = time.perf_counter()
     try:
-        senders.run()
+        with _senders(order, messages, min(order.connections, figures.wanted)) as attempts:
+            _count(attempts, figures, show)
     except KeyboardInterrupt:
         figures.interrupted = True
-    senders.stop()
-    figures.seconds = time.perf_counter() - start
     return figures
 
 
-class _Senders:
-    """Threads that take one message after the other. Their lock guards what is to do, and the figures."""
-
-    def __init__(
-        self,
-        order: Order,
-        messages: Iterator[tuple[str, Message]],
-        figures: Figures,
-        show: Callable[[Figures], None],
-    ) -> None:
-        self._order = order
-        self._messages = messages
-        self._figures = figures
-        self._show = show
-        self._lock = threading.Lock()
-        self._stopped = False
-
-    def run(self) -> None:
-        """Until all is sent."""
-        count = min(self._order.connections, self._figures.wanted)
-        threads = [threading.Thread(target=self._send, name=f"sender {n}", daemon=True) for n in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    def stop(self) -> None:
-        """Count no more: a message that is on its way is not waited for."""
-        with self._lock:
-            self._stopped = True
-
-    def _send(self) -> None:
-        while (item := self._next()) is not None:
-            start = time.perf_counter()
-            result = check_message(self._order, *item)
-            self._note(result, time.perf_counter() - start)
-
-    def _next(self) -> tuple[str, Message] | None:
-        with self._lock:
-            return None if self._stopped else next(self._messages, None)
-
-    def _note(self, result: Result, seconds: float) -> None:
-        with self._lock:
-            if self._stopped:
-                return
-            self._figures.add(result, seconds)
-            self._show(self._figures)
+def _count(attempts: Iterator[Attempt], figures: Figures, show: Callable[[Figures], None]) -> None:
+    start = time.perf_counter()
+    try:
+        for attempt in attempts:
+            figures.add(attempt)
+            show(figures)
             # Where nobody listens from the beginning, each of a million messages would say the same.
-            self._stopped = result.transcript is None and not self._figures.verdicts
+            if not attempt.reached and not figures.verdicts:
+                return
+    finally:
+        figures.seconds = time.perf_counter() - start
+
+
+# ---- who sends
+
+
+@contextlib.contextmanager
+def _senders(order: Order, messages: _Messages, count: int) -> Iterator[Iterator[Attempt]]:
+    """The attempts, as they are made. All who send are ready at the beginning, and have ended at the end."""
+    if count == 1:
+        yield _attempts(order, messages, 0, 1)
+        return
+    # Threads would wait for one another, and what is measured would be that. The server forks quickly, and knows
+    # nothing of the threads that may be here.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pipes, processes = [], []
+    try:
+        for number in range(count):
+            here, there = context.Pipe()
+            process = context.Process(target=_send_share, args=(there, order, messages, number, count), daemon=True)
+            process.start()
+            there.close()
+            pipes.append(here)
+            processes.append(process)
+        for pipe in pipes:
+            pipe.recv()
+        for pipe in pipes:
+            pipe.send("go")
+        yield _gathered(pipes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _gathered(pipes: "list[Connection[Any, Any]]") -> Iterator[Attempt]:
+    """What comes through the pipes, until all are closed."""
+    while pipes:
+        for pipe in wait(pipes):
+            assert isinstance(pipe, Connection)
+            try:
+                yield pipe.recv()
+            except (EOFError, ConnectionResetError):
+                pipes.remove(pipe)
+
+
+def _send_share(pipe: "Connection[Any, Any]", order: Order, messages: _Messages, number: int, count: int) -> None:
+    """A process: one of so many."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who counts
+    pipe.send("ready")
+    pipe.recv()
+    for attempt in _attempts(order, messages, number, count):
+        pipe.send(attempt)
+
+
+def _attempts(order: Order, messages: _Messages, number: int, count: int) -> Iterator[Attempt]:
+    """Send every `count`-th message, from that number on."""
+    everything = chain.from_iterable(repeat(messages, order.repeat))
+    for name, message in islice(everything, number, None, count):
+        start = time.perf_counter()
+        result = check_message(order, name, message)
+        seconds = time.perf_counter() - start
+        verdict = result.outcome.value if result.outcome else None
+        yield Attempt(verdict, result.problem, result.exit_code, seconds, result.transcript is not None)
+
+
+# ---- what is told
 
 
 def figures_lines(figures: Figures) -> Iterator[str]:
