@@ -20,8 +20,8 @@ from milter.testing.client import (
     Transcript,
 )
 from milter.testing.delivery import (
-    MTA,
     Delivery,
+    DeliveryModel,
     Envelope,
     Header,
     Mailbox,
@@ -56,7 +56,6 @@ from milter.testing.wire import (
 )
 
 __all__ = [
-    "MTA",
     "Actions",
     "AddHeader",
     "AddRecipient",
@@ -67,6 +66,7 @@ __all__ = [
     "Command",
     "Decoder",
     "Delivery",
+    "DeliveryModel",
     "EndOfMessage",
     "Envelope",
     "Event",

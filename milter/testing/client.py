@@ -19,7 +19,7 @@ from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Self
 
-from milter.testing.delivery import MTA, Delivery, Envelope, Header, Mailbox, Message
+from milter.testing.delivery import Delivery, DeliveryModel, Envelope, Header, Mailbox, Message
 from milter.testing.wire import (
     ALL_ACTIONS,
     ALL_STEPS,
@@ -185,7 +185,7 @@ class Transcript:
         """All answers of one stage, in order."""
         return [entry for entry in self.stages if entry.stage is stage]
 
-    def delivery(self, mta: MTA) -> Delivery:
+    def delivery(self, mta: DeliveryModel) -> Delivery:
         """What this MTA delivers.
 
         Raises `ValueError` unless the message was accepted, `ModificationError` if the MTA refuses

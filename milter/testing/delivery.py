@@ -216,7 +216,7 @@ class Delivery:
 DEFAULT_TRACE = "Received: from client.example (client.example [192.0.2.1])\n\tby mta.example"
 
 
-class MTA(ABC):
+class DeliveryModel(ABC):
     """How one kind of MTA takes a milter's answers and changes; its subclasses say where they differ."""
 
     name: str
@@ -332,7 +332,7 @@ def _keyword(param: str) -> str:
 # ---- Postfix
 
 
-class Postfix(MTA):
+class Postfix(DeliveryModel):
     """The rules of Postfix.
 
     - Positions for inserting count the MTA's own Received as 0: 0 is above it, 1 below it. A
@@ -431,7 +431,7 @@ class _Slot:
     from_user: bool
 
 
-class Sendmail(MTA):
+class Sendmail(DeliveryModel):
     """The rules of Sendmail, with the header fields of its usual configuration (cf/m4/proto.m4).
 
     - Positions for inserting count fields that are not printed: 0 is above the MTA's own Received,
