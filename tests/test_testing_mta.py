@@ -487,6 +487,11 @@ def test_an_unknown_mta_is_refused(like: Any) -> None:
         MTA(Milter("idle"), like=like)
 
 
+def test_an_mta_says_what_it_is() -> None:
+    assert repr(MTA(Milter("guard"))) == "<MTA like Postfix with the filter 'guard' in this process>"
+    assert repr(MTA("inet:3@localhost", like=Sendmail)) == "<MTA like Sendmail with the filter at inet:3@localhost>"
+
+
 def test_what_is_no_filter_is_refused() -> None:
     with pytest.raises(TypeError, match=r"a filter is a milter.Milter, or a socket such as 'inet:3000@localhost'"):
         MTA(17)  # type: ignore[arg-type]

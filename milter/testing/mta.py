@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from email.message import Message as ParsedMessage
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias
 
 from milter.app import Milter
 from milter.errors import HandlerError
@@ -31,7 +31,8 @@ from milter.testing.wire import ALL_ACTIONS, ALL_STEPS, Family, WireError
 
 __all__ = ["MTA", "MTAFactory", "Mail", "SMTPSession"]
 
-Like: TypeAlias = Literal["postfix", "sendmail"] | type[DeliveryModel]
+Like: TypeAlias = str | type[DeliveryModel]
+"""``"postfix"`` or ``"sendmail"``, or a class with rules of one's own."""
 Mail: TypeAlias = bytes | str | ParsedMessage | Message | os.PathLike[str]
 """A message: as bytes or text with any line ends, parsed by Python's ``email`` package, or the path of a file."""
 Recipients: TypeAlias = str | Mailbox | Iterable[str | Mailbox]
@@ -174,6 +175,9 @@ class MTA:
         connection.client.timeout = timeout
         self._clients.append(connection)
         return connection.client
+
+    def __repr__(self) -> str:
+        return f"<MTA like {self.model.name} with {self._house}>"
 
     def _connect(self) -> "_Connection":
         connection = self._house.connect()
@@ -326,6 +330,9 @@ class _Remote:
     def __init__(self, spec: str, timeout: float | None) -> None:
         self._spec = spec
         self._timeout = timeout
+
+    def __str__(self) -> str:
+        return f"the filter at {self._spec}"
 
     def start(self) -> None:
         """It runs already."""

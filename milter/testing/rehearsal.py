@@ -46,6 +46,9 @@ class Rehearsal:
         self._app = app
         self._loop = NoEventLoop()
 
+    def __str__(self) -> str:
+        return f"the filter {self._app.name!r} in this process"
+
     def start(self) -> None:
         self._loop = event_loop_for(self._app.functions, self._app.handler_timeout)
         try:
