@@ -27,12 +27,16 @@ pytestmark = pytest.mark.skipif(not PROC.exists(), reason="the size of a process
 
 
 def mixed() -> Milter[Any, Any]:
-    """A filter that makes state, raises, refuses, and changes messages; large ones lie in files."""
+    """A filter that makes state, raises, refuses, and changes messages; large ones lie in files.
+
+    Half of its sessions have no state: of their end Python is told later, with others.
+    """
     app = Milter("mixed", spool_size=4096)
 
     @app.on_connect
     def on_connect(ctx: Context, hostname: str, address: object) -> None:
-        ctx.session.hostname = hostname
+        if ctx.id % 2:
+            ctx.session.hostname = hostname
 
     @app.on_mail
     def on_mail(ctx: Context, sender: Address, params: Params) -> Status:
@@ -58,7 +62,8 @@ def mixed() -> Milter[Any, Any]:
 
     @app.on_abort
     def on_abort(ctx: Context) -> None:
-        ctx.session.aborted = True
+        if ctx.id % 2:
+            ctx.session.aborted = True
 
     return app
 
@@ -135,7 +140,7 @@ def test_100000_sessions_leave_nothing_behind(
     assert after.objects - before.objects < 3000
     assert after.memory - before.memory < sessions * 64
     assert abs(after.descriptors - before.descriptors) < 5
-    assert after.threads - before.threads < 20  # libmilter has as many as messages came at once
+    assert after.threads - before.threads < 100  # libmilter has as many as sessions came at once
 
 
 def test_sessions_of_tests_leave_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
