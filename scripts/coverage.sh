@@ -56,7 +56,11 @@ install_postfix
 use_venv .venv-coverage
 step "Installing what the tests need"
 pip_install --editable '.[test]'
-quietly python -m pip install 'coverage>=7.10'
+quietly python -m pip install 'coverage>=7.13'
+# Every process of this environment finds the plugin, whatever its PYTHONPATH: also before coverage.py looks for it.
+python -c 'import os, sysconfig
+with open(sysconfig.get_path("purelib") + "/a0_milter_tests.pth", "w", encoding="utf-8") as file:
+    print(os.path.abspath("tests/coverage"), file=file)'
 
 make_directories
 temporary=$(mktemp -d "${TMPDIR:-/tmp}/milter.XXXXXX")
@@ -65,7 +69,6 @@ measured=yes
     build "to be measured" -measured)
 
 export COVERAGE_DATA="$PWD/coverage/data"
-export PYTHONPATH="$PWD/tests/coverage"
 export PYTEST_DEBUG_TEMPROOT="$temporary"
 PATH=$PWD/$VENV/bin:$PATH
 
