@@ -44,9 +44,7 @@ def _measure_to_the_end() -> None:
 class _Finder(MetaPathFinder):
     """Finds one module where it is, and sees to its entrances once it is loaded."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _MODULE:
             return None
         spec = PathFinder.find_spec(name, path, target)
