@@ -56,7 +56,6 @@ install_postfix
 use_venv .venv-coverage
 step "Installing what the tests need"
 pip_install --editable '.[test]'
-quietly python -m pip install 'coverage>=7.13'
 # Every process of this environment finds the plugin, whatever its PYTHONPATH: also before coverage.py looks for it.
 python -c 'import os, sysconfig
 with open(sysconfig.get_path("purelib") + "/a0_milter_tests.pth", "w", encoding="utf-8") as file:

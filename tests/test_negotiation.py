@@ -301,3 +301,17 @@ def test_a_second_offer_on_a_connection_is_ignored_by_libmilter(serve: Serve) ->
     client: Client = serve(Milter("test")).greeted()
     client.send(b"O", b"\0\0\0\6" + b"\0\0\1\xff" + b"\0\x1f\xff\xff")
     assert send_message(client).answer.verdict is Verdict.CONTINUE
+
+
+@pytest.mark.parametrize("steps", [0x1FFFFF, 0x7F])
+def test_a_handler_sees_whether_refused_recipients_will_be_shown(serve: Serve, steps: int) -> None:
+    app = Milter("test", rejected_recipients=True)
+    app.on_rcpt(observing)
+    seen: list[bool] = []
+
+    @app.on_negotiate
+    def negotiate(ctx: NegotiateContext) -> None:
+        seen.append(ctx.rejected_recipients)
+
+    serve(app).client().negotiate(steps=steps)
+    assert seen == [steps == 0x1FFFFF]
