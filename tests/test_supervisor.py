@@ -19,6 +19,7 @@ import pytest
 
 from milter import MilterError
 from milter.loading import load
+from milter.supervisor import _how
 from milter.testing import AddHeader, Client, Verdict, WireError
 from tests.conftest import begin_message, send_content, send_message
 from tests.filter_process import PATIENCE, FilterProcess
@@ -644,3 +645,11 @@ def test_ctrl_c_while_the_filter_is_imported_is_no_fault_of_the_filter(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         load("interrupted:app")
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [(0, "ended with code 0"), (-9, "was killed by SIGKILL"), (-40, "was killed by signal 40")],
+)
+def test_the_end_of_a_worker_is_told_in_words(code: int, told: str) -> None:
+    assert _how(code) == told
