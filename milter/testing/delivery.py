@@ -222,6 +222,9 @@ class DeliveryModel(ABC):
     name: str
     """The MTA's name."""
 
+    accepted: str
+    """What the client is told of a message that was taken; ``{}`` is the MTA's name of it."""
+
     fold: str
     """What is put behind a line end in a header value that no white space follows."""
 
@@ -343,6 +346,7 @@ class Postfix(DeliveryModel):
     """
 
     name = "Postfix"
+    accepted = "250 2.0.0 Ok: queued as {}"
     fold = "\t"
 
     def check(self, events: Sequence[Event]) -> None:
@@ -444,6 +448,7 @@ class Sendmail(DeliveryModel):
     """
 
     name = "Sendmail"
+    accepted = "250 2.0.0 {} Message accepted for delivery"
     fold = " "
 
     _ABOVE = ("Return-Path",)
