@@ -44,6 +44,7 @@ from milter.testing import (
     NotDeliveredError,
     Outcome,
     PeerClosed,
+    PeerTimeout,
     Postfix,
     ReplaceBody,
     ReplaceSender,
@@ -55,6 +56,7 @@ from milter.testing import (
     WireError,
 )
 from milter.testing import Answer as WireAnswer
+from milter.testing.rehearsal import RehearsedConnection
 from milter.testing.wire import Actions as WireActions
 from tests.conftest import Serve
 
@@ -560,6 +562,7 @@ def test_a_session_can_say_more_than_messages() -> None:
     with MTA(app) as mta, mta.connect() as session:
         session.client.connect_info()
         answer = session.client.unknown("FOO")
+        assert session.send().accepted
     assert answer is not None
     assert answer.lines == ("FOO",)
 
@@ -871,10 +874,33 @@ def test_what_is_raised_at_such_a_connection_is_raised_at_the_end() -> None:
         mta.__exit__(None, None, None)
 
 
-def test_a_filter_in_this_process_has_all_the_time() -> None:
-    with MTA(Milter("idle")) as mta, mta.connect() as session:
-        assert session.client.timeout is None
-        session.send()
+def test_a_handler_has_all_the_time() -> None:
+    """As at a breakpoint: it ends only when the client has waited in vain a few times."""
+    app = Milter("slow")
+    looks = threading.Semaphore(0)
+
+    @app.on_helo
+    def on_helo(ctx: Context, name: str) -> Status:
+        for _ in range(3):
+            looks.acquire()
+        return Status.REJECT
+
+    with MTA(app, timeout=0.01) as mta, mta.connect() as session:
+        connection = session._connection
+        assert isinstance(connection, RehearsedConnection)
+        wait = connection._run.wait_handlers
+
+        def counted(milliseconds: int) -> int:
+            looks.release()
+            return wait(milliseconds)
+
+        connection._run.wait_handlers = counted  # type: ignore[method-assign]
+        assert session.send().rejected
+
+
+def test_a_command_that_libmilter_drops_is_not_waited_for_without_end() -> None:
+    with MTA(Milter("idle")) as mta, mta.client(timeout=0.01) as client, pytest.raises(PeerTimeout):
+        client.end_of_message()
 
 
 # ---- filters elsewhere

@@ -247,6 +247,8 @@ class Client:
         self._decoder = Decoder()
         self._last = "nothing"
         self._body_skipped = False
+        self._introduced: set[Command] = set()
+        """CONNECT and HELO, once they were said."""
         self._conversation: _Conversation | None = None
 
     @classmethod
@@ -362,10 +364,12 @@ class Client:
     ) -> Answer | None:
         """Tell who connects. ``address``: what `ClientAddress.of` takes; None is an unknown family."""
         data = join_strings(hostname) + ClientAddress.of(address).encode()
+        self._introduced.add(Command.CONNECT)
         return self._stage(Command.CONNECT, data)
 
     def helo(self, name: str = "client.example") -> Answer | None:
         """HELO or EHLO."""
+        self._introduced.add(Command.HELO)
         return self._stage(Command.HELO, join_strings(name))
 
     # -- a message
@@ -430,6 +434,7 @@ class Client:
 
     def quit_nc(self) -> None:
         """End the connection and begin another one on the same socket, with what was negotiated."""
+        self._introduced.clear()
         self.send(Command.QUIT_NC)
 
     def unknown(self, command: str) -> Answer | None:
@@ -465,7 +470,8 @@ class Client:
     def send_message(self, envelope: Envelope, message: Message, session: Session | None = None) -> Transcript:
         """Send a message as Postfix does, from the negotiation on if that is due, and record the answers.
 
-        A second message goes into the same SMTP session; ``session`` counts for the first only. The
+        A second message goes into the same SMTP session; ``session`` counts for the first only, and
+        there for CONNECT and HELO unless they were said already. The
         connection stays open after it (`finish`), unless the milter decided on the whole session.
 
         Raises `WireError`, `ValueError` for an envelope without recipients.
@@ -574,14 +580,15 @@ class _Conversation:
             return
         if self._greeted:
             return
-        session = self._session
-        self._introduce(
-            transcript,
-            Command.CONNECT,
-            f"{session.hostname} [{session.address.address or 'unknown'}]",
-            partial(self._client.connect_info, session.hostname, session.address),
-        )
-        if self._ending is None:
+        session, said = self._session, frozenset(self._client._introduced)
+        if Command.CONNECT not in said:
+            self._introduce(
+                transcript,
+                Command.CONNECT,
+                f"{session.hostname} [{session.address.address or 'unknown'}]",
+                partial(self._client.connect_info, session.hostname, session.address),
+            )
+        if self._ending is None and Command.HELO not in said:
             self._introduce(transcript, Command.HELO, session.helo, partial(self._client.helo, session.helo))
         self._greeted = True
 

@@ -72,7 +72,8 @@ class MTA:
         raise_errors: what a handler raises is raised again by `send`, as it is; several of them as an
             ``ExceptionGroup``. False: it is only in ``result.errors``, and the test sees how the filter's ``on_error``
             answered.
-        timeout: seconds for each answer of a filter elsewhere; None: all the time. One in this process has it always.
+        timeout: seconds for each answer; None: all the time. The time in which a handler in this process runs does
+            not count: it may be at a breakpoint.
         version, actions, steps: what is offered in the negotiation; by default all.
 
     Hooks run once: ``on_start`` at the beginning of the block, ``on_stop`` at its end. Any number of these may be open
@@ -102,7 +103,8 @@ class MTA:
         self.model = _model(like)
         self.raise_errors = raise_errors
         self._offer = (version, actions, steps)
-        self._house = _house(filter, timeout)
+        self._timeout = timeout
+        self._house = _house(filter)
         self._clients: list[_Connection] = []
 
     def __enter__(self) -> Self:
@@ -164,15 +166,12 @@ class MTA:
     def client(self, timeout: float | None = 10.0) -> Client:
         """A connection on which nothing was said yet: every packet is yours.
 
-        Arguments:
-            timeout: seconds for each answer; None: all the time. (libmilter drops a command in a wrong place without
-                an answer.)
+        `timeout`: as for the class. (libmilter drops a command in a wrong place without an answer.)
 
-        What handlers raise there is raised at the end of the block. In the negotiation the higher bits of the
-        actions are this library's: they say which filter of the process is wanted.
+        What handlers raise there is raised at the end of the block. In the negotiation the higher bits of the actions
+        are this library's: they say which filter of the process is wanted.
         """
-        connection = self._house.connect()
-        connection.client.timeout = timeout
+        connection = self._house.connect(timeout)
         self._clients.append(connection)
         return connection.client
 
@@ -180,7 +179,7 @@ class MTA:
         return f"<MTA like {self.model.name} with {self._house}>"
 
     def _connect(self) -> "_Connection":
-        connection = self._house.connect()
+        connection = self._house.connect(self._timeout)
         try:
             connection.client.negotiate(*self._offer)
         except BaseException as error:
@@ -327,9 +326,8 @@ _Connection: TypeAlias = RehearsedConnection | _RemoteConnection
 class _Remote:
     """A filter in another process; see `Rehearsal`."""
 
-    def __init__(self, spec: str, timeout: float | None) -> None:
+    def __init__(self, spec: str) -> None:
         self._spec = spec
-        self._timeout = timeout
 
     def __str__(self) -> str:
         return f"the filter at {self._spec}"
@@ -340,15 +338,15 @@ class _Remote:
     def stop(self) -> None:
         """That is up to who started it."""
 
-    def connect(self) -> _RemoteConnection:
-        return _RemoteConnection(Client.connect(self._spec, self._timeout))
+    def connect(self, timeout: float | None) -> _RemoteConnection:
+        return _RemoteConnection(Client.connect(self._spec, timeout))
 
 
-def _house(filter: object, timeout: float | None) -> Rehearsal | _Remote:
+def _house(filter: object) -> Rehearsal | _Remote:
     if isinstance(filter, Milter):
         return Rehearsal(filter)
     if isinstance(filter, str):
-        return _Remote(filter, timeout)
+        return _Remote(filter)
     raise TypeError(f"a filter is a milter.Milter, or a socket such as 'inet:3000@localhost', not {filter!r}")
 
 

@@ -8,12 +8,13 @@ rehearsed at once, one after the other, and beside one that was started with ``a
 Each connection is a run of its own. What its handlers raise, and the state they keep, is thereby known to be of this
 connection; and its end can be waited for, with all that handlers do at it.
 
-Nothing here is timed: a handler may stop at a breakpoint for as long as somebody looks at it.
+No time is measured while a handler runs: it may stop at a breakpoint for as long as somebody looks at it.
 """
 
 import atexit
 import copy
 import logging
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -65,22 +66,32 @@ class Rehearsal:
             for hook in self._app.stop_hooks:
                 stack.callback(self._loop.run_hook, hook)
 
-    def connect(self) -> "RehearsedConnection":
-        return RehearsedConnection(self._app, self._loop)
+    def connect(self, timeout: float | None) -> "RehearsedConnection":
+        """`timeout`: seconds for an answer, those not counted in which handlers run."""
+        return RehearsedConnection(self._app, self._loop, timeout)
 
 
 class _WantingClient(Client):
-    """A client that puts its mark on the negotiation, whatever else is offered there."""
+    """A client that says whom it wants, and waits for handlers as long as they run."""
 
-    def __init__(self, sock: socket.socket, mark: int) -> None:
-        super().__init__(sock, None)
-        self._mark = mark
+    def __init__(self, sock: socket.socket, run: WantedRun, timeout: float | None) -> None:
+        super().__init__(sock, timeout)
+        self._run = run
 
     def send(self, command: bytes, data: bytes = b"") -> None:
+        """The mark goes on the negotiation, whatever else is offered there."""
         if command == Command.NEGOTIATE and len(data) >= _ACTIONS.stop:
-            actions = int.from_bytes(data[_ACTIONS], "big") & ~MARKS | self._mark
+            actions = int.from_bytes(data[_ACTIONS], "big") & ~MARKS | self._run.mark
             data = data[: _ACTIONS.start] + actions.to_bytes(4, "big") + data[_ACTIONS.stop :]
         super().send(command, data)
+
+    def _recv_within(self, seconds: float) -> bytes:
+        while True:
+            try:
+                return super()._recv_within(math.inf if self.timeout is None else self.timeout)
+            except TimeoutError:
+                if self._run.wait_handlers(0) == 0:
+                    raise
 
 
 _ACTIONS = slice(4, 8)  # behind the version
@@ -93,7 +104,7 @@ class RehearsedConnection:
     ``ctx.session`` and ``ctx.transaction`` are, or were last; None until a handler looked.
     """
 
-    def __init__(self, app: Milter[Any, Any], loop: NoEventLoop) -> None:
+    def __init__(self, app: Milter[Any, Any], loop: NoEventLoop, timeout: float | None) -> None:
         self.failures: list[BaseException] = []
         self.session_state: Any = None
         self.transaction_state: Any = None
@@ -104,7 +115,7 @@ class RehearsedConnection:
         self._run = WantedRun(Engine(watched, loop, self._shut_down, on_failure=self._failed))
         _open.add(self._run)
         try:
-            self.client: Client = _WantingClient(libmilter.connect(), self._run.mark)
+            self.client: Client = _WantingClient(libmilter.connect(), self._run, timeout)
         except BaseException:
             self._close()
             raise
