@@ -241,6 +241,32 @@ def test_the_message_is_there_as_it_is_delivered(like: str) -> None:
     assert result.delivered.headers[0].name == "Subject"
 
 
+@pytest.mark.parametrize("like", ["postfix", "sendmail"])
+def test_the_filter_counts_header_fields_as_its_mta_does(like: str) -> None:
+    app = Milter("deleting")
+
+    @app.on_message
+    def delete(ctx: EomContext, message: Received) -> None:
+        message.headers.replace("X-A", None, 1)
+        message.headers.replace("X-A", "changed", 1)
+
+    result = sent(app, like, message=b"X-A: 1\nX-A: 2\nX-A: 3\n\n")
+    assert result.headers.get_all("X-A") == ["changed", "3"]
+
+
+def test_each_mta_tells_its_version() -> None:
+    versions: list[str | None] = []
+    app = Milter("asking")
+
+    @app.on_eom(macros=["v"])
+    def on_eom(ctx: EomContext) -> None:
+        versions.append(ctx.macros.get("v"))
+
+    sent(app)
+    sent(app, "sendmail")
+    assert versions == ["Postfix 3.7.11", "8.17.1"]
+
+
 def test_header_fields_are_found_in_any_case() -> None:
     result = sent(Milter("idle"), message=b"Subject: one\nX-A: 1\nx-a: 2\nLong: a\n b\n\n")
     headers = result.headers
@@ -876,6 +902,15 @@ def test_a_client_has_every_packet_in_its_hands(version: int) -> None:
     assert offers == [Actions(0x3F)]
 
 
+def test_whatever_is_offered_the_filter_is_the_one_that_was_asked_for() -> None:
+    with MTA(named("other")) as other, other.connect(), MTA(named("wanted")) as mta, mta.client() as client:
+        client.negotiate(actions=0xFFFFFFFF)
+        client.connect_info()
+        answer = client.helo()
+    assert answer is not None
+    assert answer.lines == ("wanted",)
+
+
 def test_what_is_raised_at_such_a_connection_is_raised_at_the_end() -> None:
     app = raising("mail", LookupError("of a raw client"), 2)
     mta = MTA(app)
@@ -991,9 +1026,11 @@ client.connect_info()
 """
 
 
-def test_a_process_may_end_while_a_connection_is_open() -> None:
+def test_a_process_may_end_while_a_connection_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     ended = run(OPEN)
     assert (ended.returncode, ended.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_process_ends_although_a_handler_does_not() -> None:
