@@ -130,7 +130,7 @@ class Scenario:
 
 
 def all_scenarios() -> list[Scenario]:
-    return [read(path) for path in sorted(DIRECTORY.glob("*.txt"))]
+    return [read(path) for path in sorted(DIRECTORY.glob("*.txt")) if path.name != "differences.txt"]
 
 
 def read(path: Path) -> Scenario:

@@ -3,7 +3,8 @@
 
     python tests/mta/filters/obey.py SOCKET ORDERS [STAGE...]
 
-Without stages it handles all of them but ``message``. The orders are read anew for each connection: a JSON array
+Without stages it handles all of them but ``message``. The word ``+refused`` asks for the recipients that the server
+itself refuses. The orders are read anew for each connection: a JSON array
 of ``[stage, argument, order]``. An order is a line of Python, run when the stage is called, with the names of
 `_names`; where it is an expression, its value is the verdict if it is one. An order with an argument is run only
 if that is the stage's first argument, or the sender. Each line of output is a JSON array: connection, stage, text.
@@ -35,7 +36,7 @@ ARGUMENTS = {
 
 Order = tuple[str, str, str]
 
-app = Milter("obey")
+app = Milter("obey", rejected_recipients="+refused" in sys.argv)
 orders_of: dict[int, list[Order]] = {}
 
 
@@ -121,6 +122,6 @@ def begin(ctx: NegotiateContext) -> None:
 
 if __name__ == "__main__":
     socket, _, *stages = sys.argv[1:]
-    for stage in stages or STAGES:
+    for stage in [stage for stage in stages if stage != "+refused"] or STAGES:
         getattr(app, f"on_{stage}")(handler(stage))
     app.run(socket)
