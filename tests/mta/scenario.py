@@ -60,6 +60,8 @@ class Expected:
     number: int
     code: int
     lines: tuple[str, ...] | None = None
+    others: "tuple[Expected, ...]" = ()
+    """What other versions of the server say."""
 
     def __str__(self) -> str:
         return str(self.code) if self.lines is None else " / ".join(f"{self.code} {line}" for line in self.lines)
@@ -280,6 +282,14 @@ class _Reader:
         if separator != "-":
             self._steps.append(Expected(self._number, int(code), tuple(self._reply) or None))
             self._reply = []
+
+    def _read_or(self, text: str) -> None:
+        match = _REPLY.fullmatch(text)
+        if match is None or not self._steps or not isinstance(due := self._steps[-1], Expected):
+            self._fail("another reply stands below a reply: 'or: 500 …'")
+            return
+        other = Expected(self._number, int(match[1]), (match[3],) if match[3] else None)
+        self._steps[-1] = replace(due, others=(*due.others, other))
 
     def _read_submit(self, text: str) -> None:
         self._mail("submit", text)

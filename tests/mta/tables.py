@@ -71,7 +71,7 @@ def _code(text: str) -> str:
     if text == "C: (wait)":
         return "hangs up"
     plain = re.sub(r"^(S: |\| |F: (?=show))", "", text)
-    plain = re.sub(r"^F: ", "shown: ", plain)
+    plain = re.sub(r"^F: ", "shown: ", re.sub(r"^or: ", "from some version on: ", plain))
     plain = plain if len(plain) <= _WIDTH else f"{plain[: _WIDTH - 1]}…"
     return f"`{plain}`" if plain.strip("| ") else "an empty line"
 

@@ -41,6 +41,7 @@ def written(directory: Path, text: str) -> Path:
         (BEGINNING + "only: exim because\n", "example.txt:3: there is no server 'exim'"),
         (BEGINNING + "only: postfix\n", "example.txt:3: a scenario for one server needs a reason"),
         (BEGINNING + "unmodelled: postfix\n", "example.txt:3: say of which servers, and why"),
+        (BEGINNING + "or: 500\ndelivered: nothing\n", "example.txt:3: another reply stands below a reply"),
         ("title: A test.\n    mail: die()\n", "example.txt:2: an order for a filter stands below it"),
     ],
 )
@@ -57,6 +58,17 @@ def test_a_line_for_one_server_counts_there_only(tmp_path: Path) -> None:
     scenario = read(written(tmp_path, text))
     assert scenario.on("postfix").steps[-1] == Expected(4, 250, ("one",))
     assert scenario.on("sendmail").steps[-1] == Expected(6, 251, ("two", "lines"))
+
+
+def test_another_version_may_say_something_else(tmp_path: Path) -> None:
+    scenario = read(written(tmp_path, SCENARIO.replace("2.0.0 Ok\n", "2.0.0 Ok\nor: 500 5.5.2 Unknown\n")))
+    for answer, count in (
+        (Answer(500, ("5.5.2 Unknown",)), 0),
+        (Answer(500, ("Unknown",)), 1),
+        (Answer(250, ("2.0.0 Ok",)), 0),
+    ):
+        found = differences(scenario, scenario.on("postfix"), Outcome((*GREETED, answer), (MAIL,), (), ()))
+        assert len(found) == count
 
 
 def test_a_dialogue_begins_with_greeting_and_ehlo(tmp_path: Path) -> None:
