@@ -771,6 +771,6 @@ def _as_postfix_shows(message: Message) -> Message:
 
 
 def _cut(header: Header) -> Header:
-    """A field up to its first NUL, and no longer than Postfix's limit in bytes."""
-    raw = encode_text(header.raw.partition("\0")[0])
+    """A field up to its first NUL, no longer than Postfix's limit in bytes, without white space before the colon."""
+    raw = encode_text(f"{header.name}:{header.text}".partition("\0")[0])
     return Header(decode_text(raw[:_HEADER_LIMIT]))
