@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The programs in examples/, run as a user runs them."""
 
+import importlib
 from collections.abc import Iterator
 
 import pytest
 
 from milter.testing import AddHeader, Client
 from tests.conftest import send_content
-from tests.filter_process import FilterProcess, RunFilter, running_filters
+from tests.filter_process import REPOSITORY, FilterProcess, RunFilter, running_filters
 
 
 @pytest.fixture
@@ -65,8 +66,13 @@ def test_show_stages_prints_the_conversation(run_filter: RunFilter) -> None:
     assert stages == "NEGOTIATE CONNECT HELO UNKNOWN MAIL ABORT MAIL RCPT DATA HEADER EOH BODY EOM CLOSE"
 
 
-@pytest.mark.parametrize("example", ["client_addresses", "recipient_counter", "show_stages", "guard"])
+@pytest.mark.parametrize("example", sorted(path.stem for path in (REPOSITORY / "examples").glob("*.py")))
 def test_an_example_can_be_imported_without_running(example: str) -> None:
-    import importlib
-
     assert importlib.import_module(f"examples.{example}").app.name == example
+
+
+@pytest.mark.parametrize("example", ["footer", "attachments", "clamav"])
+def test_an_example_with_settings_runs_as_a_program(run_filter: RunFilter, example: str) -> None:
+    client = connected(run_filter(f"examples/{example}.py", "inet:0@127.0.0.1"))
+    client.quit()
+    client.wait_for_close()
