@@ -7,10 +7,10 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-import commands
-import figures
+import commands  # noqa: E402 (where it is had to be said first)
+import figures  # noqa: E402
 
-from milter import __version__
+from milter import __version__  # noqa: E402
 
 project = "milter"
 author = "the authors of milter"
@@ -47,4 +47,3 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 intersphinx_mapping: dict[str, Any] = {}  # the site is built without a network
 default_role = "code"
-

@@ -31,7 +31,7 @@ from milter.edits import Change
 from milter.engine import CONTINUE, GO_ON, Answer, Engine, Negotiation
 from milter.errors import ActionError, ContextError
 from milter.plan import Plan
-from milter.protocol import Actions, MacroList, ProtocolOptions, Stage
+from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, known_actions, known_options
 from milter.verdict import Reply
 
 log = logging.getLogger("milter")
@@ -128,7 +128,7 @@ class SessionCall:
 
     def granted(self) -> tuple[Actions, ProtocolOptions]:
         hidden = 0 if self._plan.shows_leading_space else _LEADING_SPACE
-        return Actions(self.granted_actions), ProtocolOptions(self._steps & ~hidden)
+        return known_actions(self.granted_actions), known_options(self._steps & ~hidden)
 
     def request_macros(self, entry: MacroList, names: Sequence[str]) -> None:
         text = " ".join(names).encode("ascii")
@@ -360,15 +360,25 @@ def _encoded(answer: Answer, call: SessionCall) -> int:
 
 # ---- Runs ------------------------------------------------------------------------------------
 
+_MARK = int(lib.MILTER_WANTED_MASK)
+_MARK_SHIFT = int(lib.MILTER_WANTED_SHIFT)
+MARKS = _MARK << _MARK_SHIFT
+
 
 class Run:
-    """One run of an engine, from its first connection to the closing of the gate."""
+    """One run of an engine, from its first connection to the closing of the gate.
+
+    A :class:`WantedRun` serves besides it, whatever else serves in this process.
+    """
+
+    _wanted_only = False
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._number = next(_numbers)
+        self._number = next(number for number in _numbers if number & _MARK)
         _engines[self._number] = engine
         plan, _keep_alive = _shim_plan(engine.plan, self._number)
+        plan.wanted_only = self._wanted_only
         if engine.ledger is not None and engine.ledger.open_connections is not None:
             plan.open_sessions = _place(engine.ledger.open_connections)
         self._run = lib.milter_begin(plan)
@@ -400,6 +410,17 @@ class Run:
             self.engine.progress.stop()
         self.engine.close()
         _engines.pop(self._number, None)
+
+
+class WantedRun(Run):
+    """A run that serves only connections that want it, by `mark`; for tests of filters."""
+
+    _wanted_only = True
+
+    @property
+    def mark(self) -> int:
+        """Of whom wants this run: these of the bits `MARKS`, among the actions that it offers."""
+        return (self._number & _MARK) << _MARK_SHIFT
 
 
 _places: list[Any] = []

@@ -35,7 +35,7 @@ from milter.ledger import Ledger
 from milter.message import Message, freeze
 from milter.plan import Plan, make_plan
 from milter.progress import Progress
-from milter.protocol import Actions, MacroList, ProtocolOptions, Stage
+from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, known_actions, known_options
 from milter.verdict import MEANINGFUL, Reply, Status, Verdict
 
 log = logging.getLogger("milter")
@@ -66,10 +66,10 @@ class Negotiation:
     """The state of one negotiation; see :class:`milter.context.Negotiation`."""
 
     def __init__(self, plan: Plan, offered_actions: int, offered_steps: int, actions: int, steps: int) -> None:
-        options = ProtocolOptions(steps)
+        options = known_options(steps)
         self._shows_leading_space = plan.shows_leading_space and ProtocolOptions.LEADING_SPACE in options
-        self.offered_actions = Actions(offered_actions)
-        self.offered_options = ProtocolOptions(offered_steps)
+        self.offered_actions = known_actions(offered_actions)
+        self.offered_options = known_options(offered_steps)
         self.actions = Actions(actions) & ~Actions.REQUEST_MACROS
         self.leading_space = self._shows_leading_space
         self.rejected_recipients = ProtocolOptions.REJECTED_RCPT in options
@@ -143,6 +143,7 @@ class Engine:
         loop: runs coroutines.
         on_shutdown: is told the failure that shall stop the filter.
         ledger: takes notes, if somebody wants to know.
+        on_failure: is told each exception of a handler, for tests of the filter.
     """
 
     def __init__(
@@ -151,12 +152,14 @@ class Engine:
         loop: NoEventLoop,
         on_shutdown: Callable[[HandlerError], None],
         ledger: Ledger | None = None,
+        on_failure: Callable[[Handler, BaseException], None] | None = None,
     ) -> None:
         self.app = app
         self.ledger = ledger
         self.plan = make_plan(app, followed=ledger is not None)
         self._loop = loop
         self._on_shutdown = on_shutdown
+        self._on_failure = on_failure
         self.progress = self._progress()
         self.silent_since = self.progress.silent_since if self.progress is not None else None
         self._gathers = self.plan.gathers
@@ -415,11 +418,12 @@ class Engine:
                 decision = self._failed(handler, failure, stage, connection, call)
                 if stage in (_ABORT, _CLOSE):
                     continue
-                if transaction is not None:
+                if transaction is not None and stage is _EOM:
                     transaction.spoilt = True
-                    if decision is not CONTINUE:
-                        # Where it only observes, its message goes on, though it is lost: one traceback is enough.
-                        connection.skipped.add(handler)
+                if transaction is not None and stage in self.plan.silent and decision is not CONTINUE:
+                    # Its message goes on, though it is lost: one traceback is enough. Elsewhere the message is
+                    # decided, or only a recipient is refused, and the handler must be asked about the next one.
+                    connection.skipped.add(handler)
             if decision is _SKIP:
                 connection.skipped.add(handler)
             elif decision is not CONTINUE:
@@ -474,6 +478,8 @@ class Engine:
         )
         if self.ledger is not None:
             self.ledger.raised(handler.name, stage, connection)
+        if self._on_failure is not None:
+            self._on_failure(handler, failure)
         if policy == "shutdown":
             error = HandlerError(f"{handler.name} failed in {handler.form.decorator}: {failure!r}")
             error.__cause__ = failure

@@ -139,6 +139,37 @@ without_postfix() {
     echo "   No tests inside Postfix: $1."
 }
 
+# Sendmail for the tests, unpacked below .mta: installed, it would replace Postfix. What it needs of libraries that
+# the system has not comes along.
+unpack_sendmail() {
+    sendmail=.mta/sendmail
+    if [ -x $sendmail/usr/libexec/sendmail/sendmail ]; then return; fi
+    if ! has apt-get || ! has dpkg; then
+        echo "   No tests inside Sendmail: this system has no apt-get."
+        return
+    fi
+    step "Unpacking Sendmail into $sendmail"
+    if ! download_sendmail .mta/packages; then
+        as_root apt-get update -qq
+        quietly download_sendmail .mta/packages
+    fi
+    for package in .mta/packages/*.deb; do
+        dpkg-deb -x "$package" $sendmail.part
+    done
+    # Its set-group bit is for the machine's own mail.
+    chmod g-s $sendmail.part/usr/libexec/sendmail/sendmail
+    rm -rf .mta/packages
+    mv $sendmail.part $sendmail
+}
+
+# Into the directory $1. The packages that would have to go (Postfix) are only named: nothing is installed.
+download_sendmail() (
+    rm -rf "$1" .mta/sendmail.part
+    mkdir -p "$1/partial"
+    apt-get install -qq -y --download-only --no-install-recommends -o Debug::NoLocking=1 -o APT::Sandbox::User=root \
+        -o Dir::Cache::archives="$PWD/$1" sendmail-bin m4 </dev/null >/dev/null 2>&1
+)
+
 # ---- Python and the compiler
 
 check_version() {

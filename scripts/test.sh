@@ -6,7 +6,8 @@
 #
 # Makes .venv-test in the project directory, and milter/_shim*.so. PYTHON names the interpreter [python3].
 # Temporary files of the tests are removed afterwards; "KEEP=yes sh scripts/test.sh" leaves them.
-# The tests inside Postfix need root; without it they are skipped, or, where CI is set, fail.
+# Sendmail, which would replace Postfix if it was installed, is unpacked below .mta in the project directory.
+# The tests inside Postfix and Sendmail need root; without it they are skipped, or, where CI is set, fail.
 
 set -eu
 CDPATH='' cd -- "$(dirname -- "$0")/.."
@@ -42,6 +43,7 @@ begin
 # Without libsasl2-modules Postfix knows no way to log in, which a test does.
 install_packages miltertest libsasl2-modules
 install_postfix
+unpack_sendmail
 use_venv .venv-test
 
 build shared
@@ -53,12 +55,14 @@ temporary=$(mktemp -d "${TMPDIR:-/tmp}/milter.XXXXXX")
 export PYTEST_DEBUG_TEMPROOT="$temporary"
 
 failed=
-check "Tests with the shared libmilter: pytest" python -m pytest --ignore tests/test_stress.py "$@"
+# Of the fuzzing a part: the other link has the rest.
+check "Tests with the shared libmilter: pytest" env MILTER_FUZZ_PACKETS=100 MILTER_FUZZ_EXAMPLES=15 \
+    python -m pytest --ignore tests/test_stress.py "$@"
 build static
 check "Python: ruff check" python -m ruff check
 check "Python: ruff format --check" python -m ruff format --check
 check "Python: mypy" python -m mypy
-check "C: ${CC:-cc} -Wall -Wextra -Werror" compile_strictly milter/shim/*.c benchmarks/load/*.c benchmarks/filters/*.c
+check "C: ${CC:-cc} -Wall -Wextra -Werror" compile_strictly milter/shim/*.c benchmarks/load/*.c benchmarks/filters/*.c tests/fuzz/bare/*.c
 check "Examples in the documentation: doctest" check_documentation
 check "Tests with libmilter's I/O wrapped: pytest" python -m pytest "$@"
 

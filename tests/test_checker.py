@@ -88,7 +88,10 @@ def test_changes_and_delivery_are_shown_and_nothing_reaches_the_terminal_raw(
     file = tmp_path / "mail.eml"
     file.write_bytes(b"Subject: \xff\x1b[31m\n\tfold\n\nbody \x07\n")
     end = packets((b"p", b""), (b"h", b"X-New\0v\x1b\0"), (b"-", b"<a@x>\0"), (b"q", b"held\0"), (b"c", b""))
-    assert check({b"E": end}, str(file), "--to", "a@x", "--to", "b@x", "--client", "h.example[2001:db8::1]") == 0
+    assert (
+        check({b"E": end}, str(file), "--to", "a@x", "--to", "b@x", "--client", "h.example[2001:db8::1]", "--delivered")
+        == 0
+    )
     output = capsys.readouterr().out
     assert "connect   h.example [2001:db8::1]" in output
     assert "verdict   accepted, but quarantined: held\nreply     250 2.0.0 Ok\n" in output
@@ -118,7 +121,7 @@ def test_a_message_comes_from_standard_input(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"X-In: 1\n\n")))
     assert check({}, "-") == 0
-    assert "X-In: 1\n" in capsys.readouterr().out
+    assert "X-In: 1" in capsys.readouterr().out
 
 
 def test_a_milter_that_hangs_up_is_one_line_below_what_it_answered(
@@ -138,7 +141,22 @@ def test_nobody_there_or_no_message_is_one_line(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err.count("milter check: ") == 3
 
 
-@pytest.mark.parametrize("wrong", [["--client", "client.example"], ["--timeout", "0"], ["--timeout", "x"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--client", "client.example"],
+        ["--timeout", "0"],
+        ["--timeout", "x"],
+        ["--macro", "auth_authen"],
+        ["--macro", "nowhere:i=1"],
+        ["--mail-param", "SIZE=1 2"],
+        ["--rcpt-param", "=NEVER"],
+        ["--repeat", "0"],
+        ["--connections", "x"],
+        ["--offer", "v3"],
+        ["--json", "--brief"],
+    ],
+)
 def test_a_bad_argument_is_refused_before_anything_is_sent(wrong: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         command("unix:/none", *wrong)

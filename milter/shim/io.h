@@ -17,6 +17,13 @@
 int milter_io_descriptor(void);
 
 /*
+ * By the same thread within a callback: the letter of the command that it is for,
+ * and the end of the command's data. 0 and NULL when libmilter's I/O is not wrapped.
+ */
+char milter_io_command(void);
+const char *milter_io_data_end(void);
+
+/*
  * Write what was gathered for this connection, and wait for a peer that reads
  * slowly, as libmilter would have. By the thread that serves it, or by another
  * one under the session's lock while that thread is in Python. False: it could
@@ -39,6 +46,13 @@ int milter_io_push(int fd);
  * now, which must stay open: a line may be on its way to it.
  */
 int milter_io_log_to(int fd);
+
+/*
+ * libmilter refuses a connection of another family than its first listener's, and
+ * looks at nothing else of the address. So it is told this family (AF_*) of all
+ * connections, and can be given listeners of any. Before the first connection.
+ */
+void milter_io_expect(int family);
 
 /* Has the linker redirected libmilter's calls to io.c, all that the build names? */
 bool milter_io_wrapped(void);

@@ -75,6 +75,18 @@
 #include <time.h>
 #include <unistd.h>
 
+/* The size of a piece of memory, where the system tells it. */
+#if defined __FreeBSD__
+#include <malloc_np.h>
+#define MEMORY_SIZE(memory) malloc_usable_size((void *)(uintptr_t)(memory))
+#elif defined __linux__
+#include <malloc.h>
+#define MEMORY_SIZE(memory) malloc_usable_size((void *)(uintptr_t)(memory))
+#elif defined __APPLE__
+#include <malloc/malloc.h>
+#define MEMORY_SIZE(memory) malloc_size(memory)
+#endif
+
 enum {
     LOG_KEPT = 4096,       /* a larger log is given back once Python has read it */
     LOG_FULL = 64 * 1024,  /* a log of this size is delivered, wanted or not; the chunks of the body count */
@@ -82,7 +94,8 @@ enum {
     CHANGES_FIRST = 1024,  /* bytes of changes for which no memory must be asked */
     CLOSED_SESSIONS = 256, /* how many closed sessions are remembered, see resume() */
     REPLY_LINES = 32,      /* libmilter's limit of lines in a reply */
-    HANG_UP = 21           /* libmilter's _SMFIS_ABORT (engine.c): close the connection, without a reply */
+    HANG_UP = 21,          /* libmilter's _SMFIS_ABORT (engine.c): close the connection, without a reply */
+    END_OF_MESSAGE = 'E'   /* the letter of that command */
 };
 
 enum failure { SOUND, MESSAGE_FAILED, CONNECTION_FAILED };
@@ -96,6 +109,7 @@ struct milter_run {
     atomic_bool closed;  /* the gate: no callback enters Python any more */
     atomic_int inside;   /* callbacks in Python, or on their way */
     atomic_int sessions; /* open connections of MTAs */
+    struct milter_run *next_wanted; /* under registry_lock */
 };
 
 _Static_assert(sizeof(atomic_int) == sizeof(int) && ATOMIC_INT_LOCK_FREE == 2,
@@ -126,7 +140,7 @@ struct milter_session {
     bool message_deferred; /* the same within the message */
     bool lost; /* a part of the log is missing: Python must not judge by the rest */
     enum failure failure;
-    sfsistat decision; /* of the last message that was decided */
+    sfsistat decision; /* of a message that was decided before its end, while the MTA goes on with it */
     struct buffer log;
     struct buffer chunks; /* of the body, for the records B in the log */
     size_t message_mark;  /* where the message begins in the log */
@@ -145,10 +159,12 @@ struct closed_session {
 
 static pthread_mutex_t registry_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct milter_session *free_sessions;
+static struct milter_run *wanted_runs; /* that serve only who wants them */
 static struct closed_session closed_sessions[CLOSED_SESSIONS];
 static unsigned closed_count;
 
 static _Atomic(struct milter_run *) current_run;
+static atomic_int wanted_count; /* of those: nobody takes the lock for none */
 static _Atomic uint64_t last_token;
 static _Atomic uint64_t last_number;
 static _Atomic size_t max_data_size = MILTER_MAX_DATA_SIZE;
@@ -648,7 +664,7 @@ static sfsistat conclude(struct milter_session *session, enum milter_stage stage
     if (verdict == SMFIS_SKIP && (stage != MILTER_BODY || (session->steps & SMFIP_SKIP) == 0))
         verdict = SMFIS_CONTINUE; /* Sendmail answers a SKIP elsewhere by leaving out the body */
     if (session->in_message && ends_message(stage, verdict)) {
-        session->decision = verdict;
+        session->decision = stage != MILTER_EOM ? verdict : SMFIS_TEMPFAIL;
         if (!told)
             forget_message(session);
         end_message(session);
@@ -659,6 +675,7 @@ static sfsistat conclude(struct milter_session *session, enum milter_stage stage
 /* Once for each message that was begun and not decided, however often the MTA says ABORT. */
 static void abort_message(struct milter_session *session)
 {
+    session->decision = SMFIS_TEMPFAIL; /* what comes now belongs to no message, or to one that begins */
     if (!session->in_message)
         return;
     if (session->run->plan.mode[MILTER_ABORT] == MILTER_ENTER || session->tracked || session->message_deferred) {
@@ -671,6 +688,35 @@ static void abort_message(struct milter_session *session)
     end_message(session);
 }
 
+/* Under registry_lock. Where the list of those who serve only who wants them has this run, or ends. */
+static struct milter_run **find_wanted(unsigned long number)
+{
+    struct milter_run **place = &wanted_runs;
+
+    while (*place != NULL && ((unsigned long)(*place)->plan.app & MILTER_WANTED_MASK) != number)
+        place = &(*place)->next_wanted;
+    return place;
+}
+
+/*
+ * By on_negotiate. The run that serves this connection: the one it wants, else the
+ * current one; NULL: none. Takes what says so off the offered actions.
+ */
+static struct milter_run *run_of(unsigned long *offered_actions)
+{
+    const unsigned long number = *offered_actions >> MILTER_WANTED_SHIFT & MILTER_WANTED_MASK;
+
+    if (number == 0 || atomic_load(&wanted_count) == 0)
+        return atomic_load(&current_run);
+    pthread_mutex_lock(&registry_lock);
+    struct milter_run *run = *find_wanted(number);
+    pthread_mutex_unlock(&registry_lock);
+    if (run == NULL)
+        return atomic_load(&current_run);
+    *offered_actions &= ~(MILTER_WANTED_MASK << MILTER_WANTED_SHIFT);
+    return run;
+}
+
 /* ---- libmilter's callbacks: each by a thread of libmilter, one at a time for a connection - */
 
 /* The session that this makes belongs to libmilter's context, until on_close takes it back. */
@@ -678,7 +724,7 @@ static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsign
                              unsigned long unused2, unsigned long unused3, unsigned long *actions,
                              unsigned long *steps, unsigned long *out2, unsigned long *out3)
 {
-    struct milter_run *run = atomic_load(&current_run);
+    struct milter_run *run = run_of(&offered_actions);
     struct milter_session *session = run != NULL ? new_session(ctx, run) : NULL;
 
     (void)unused2;
@@ -855,7 +901,14 @@ static sfsistat on_eoh(SMFICTX *ctx)
     return conclude(session, MILTER_EOH, NULL, 0);
 }
 
-/* The chunk is libmilter's memory, valid until this returns. */
+/*
+ * The chunk is libmilter's memory, valid until this returns.
+ *
+ * A piece may come with the end of the message, though no known MTA sends that.
+ * libmilter then sends any answer but "continue" twice, and does not tell of the
+ * end. A message that was decided here is answered there, so it does no harm to
+ * go on; where libmilter's I/O is not wrapped, nobody knows.
+ */
 static sfsistat on_body(SMFICTX *ctx, unsigned char *chunk, size_t size)
 {
     struct milter_session *session = session_of(ctx);
@@ -863,11 +916,15 @@ static sfsistat on_body(SMFICTX *ctx, unsigned char *chunk, size_t size)
     if (session == NULL)
         return HANG_UP;
     gather(session, chunk, size);
-    if (ignored(session, MILTER_BODY))
-        return conclude(session, MILTER_BODY, NULL, 0);
-    log_text(session, "B");
-    log_number(session, size);
-    return conclude(session, MILTER_BODY, chunk, size);
+    if (ignored(session, MILTER_BODY)) {
+        chunk = NULL;
+        size = 0;
+    } else {
+        log_text(session, "B");
+        log_number(session, size);
+    }
+    const sfsistat verdict = conclude(session, MILTER_BODY, chunk, size);
+    return milter_io_command() == END_OF_MESSAGE ? SMFIS_CONTINUE : verdict;
 }
 
 static sfsistat on_eom(SMFICTX *ctx)
@@ -880,11 +937,28 @@ static sfsistat on_eom(SMFICTX *ctx)
     return conclude(session, MILTER_EOM, NULL, 0);
 }
 
+/*
+ * Does the text of a command end with it? libmilter looks at others, and not at this one, and keeps its length to
+ * itself. Where the end of its data is not known either, the size of libmilter's memory is all there is to go by.
+ */
+static bool is_text(const char *command)
+{
+    const char *end = milter_io_data_end();
+
+    if (end != NULL)
+        return memchr(command, '\0', (size_t)(end - command)) != NULL;
+#ifdef MEMORY_SIZE
+    return memchr(command, '\0', MEMORY_SIZE(command)) != NULL;
+#else
+    return true;
+#endif
+}
+
 static sfsistat on_unknown(SMFICTX *ctx, const char *command)
 {
     struct milter_session *session = session_of(ctx);
 
-    if (session == NULL)
+    if (session == NULL || !is_text(command))
         return HANG_UP;
     if (!ignored(session, MILTER_UNKNOWN)) {
         log_text(session, "U");
@@ -994,7 +1068,8 @@ size_t milter_set_max_data_size(size_t size)
 }
 
 /*
- * The plan is copied; connections from now on follow it. Its place for the count
+ * The plan is copied; connections from now on follow it, or those that want it.
+ * Its place for the count
  * of open sessions stays the caller's, who keeps it for ever: sessions may end
  * after the run. NULL: out of memory.
  */
@@ -1018,8 +1093,30 @@ struct milter_run *milter_begin(const struct milter_plan *plan)
         if (run->plan.macros[where] == NULL)
             return NULL;
     }
-    atomic_store(&current_run, run);
+    if (!plan->wanted_only) {
+        atomic_store(&current_run, run);
+        return run;
+    }
+    pthread_mutex_lock(&registry_lock);
+    run->next_wanted = wanted_runs;
+    wanted_runs = run;
+    atomic_fetch_add(&wanted_count, 1);
+    pthread_mutex_unlock(&registry_lock);
     return run;
+}
+
+/* By milter_end, which may be called twice. */
+static void leave_wanted(struct milter_run *run)
+{
+    pthread_mutex_lock(&registry_lock);
+    struct milter_run **place = &wanted_runs;
+    while (*place != NULL && *place != run)
+        place = &(*place)->next_wanted;
+    if (*place == run) {
+        *place = run->next_wanted;
+        atomic_fetch_sub(&wanted_count, 1);
+    }
+    pthread_mutex_unlock(&registry_lock);
 }
 
 /* From now on no event of this run enters Python, and new connections are refused. */
@@ -1028,6 +1125,8 @@ void milter_end(struct milter_run *run)
     struct milter_run *expected = run;
 
     atomic_compare_exchange_strong(&current_run, &expected, NULL);
+    if (run->plan.wanted_only)
+        leave_wanted(run);
     atomic_store(&run->closed, true);
     content_free_kept();
 }

@@ -1,0 +1,81 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Measure which lines and branches of the library the tests run: of the package, and of the C shim.
+#
+#   sh scripts/coverage.sh [arguments for pytest]
+#
+# Measured are the tests' own process, the processes they start, forked workers, and libmilter's threads. Fails if
+# less than 95 % of the package's lines and branches were run. Without tests that only measure time or memory.
+#
+# Makes .venv-coverage in the project directory; coverage/ there has the report, coverage/html/index.html to read it.
+# PYTHON names the interpreter [python3].
+
+set -eu
+CDPATH='' cd -- "$(dirname -- "$0")/.."
+. scripts/debian.sh
+
+LEAST=95
+TESTS="--ignore tests/test_stress.py --ignore tests/test_io_stress.py --ignore tests/test_typing.py
+    --ignore tests/test_benchmarks.py --ignore tests/test_leaks.py --ignore tests/test_build.py"
+
+cleanup() {
+    if [ -n "${temporary:-}" ]; then rm -rf "$temporary"; fi
+    # What was built to be measured is slow, and writes files wherever it is used.
+    rm -f milter/_shim*.so
+    if [ -n "${measured:-}" ]; then build "again, not to be measured"; fi
+}
+
+build() {
+    step "Building $1"
+    MILTER_STRICT=1 quietly python setup.py -q build_ext --inplace --force --build-temp "$PWD/coverage/build${2:-}"
+}
+
+# Tests start processes as other users, which write their part of the data, too.
+make_directories() {
+    rm -rf coverage
+    mkdir -p coverage/data
+    chmod 1777 coverage/data
+}
+
+measure() {
+    command=$1
+    shift
+    python -m coverage "$command" --rcfile="$PWD/tests/coverage/coveragerc" "$@"
+}
+
+# Lines of the C shim that were run, file by file.
+report_shim() {
+    find coverage/build-measured -name '*.gcda' -exec gcov --no-output {} + 2>/dev/null |
+        awk -F "'" '/^File/ { file = $2 } /^Lines executed/ && file ~ /milter\/shim/ { print file ": " $0; file = "" }' |
+        sort -u
+}
+
+begin
+install_packages miltertest libsasl2-modules
+install_postfix
+use_venv .venv-coverage
+step "Installing what the tests need"
+pip_install --editable '.[test]'
+quietly python -m pip install 'coverage>=7.10'
+
+make_directories
+temporary=$(mktemp -d "${TMPDIR:-/tmp}/milter.XXXXXX")
+measured=yes
+(export CFLAGS="${CFLAGS:-} -O1 --coverage -fprofile-update=atomic" LDFLAGS="${LDFLAGS:-} --coverage" &&
+    build "to be measured" -measured)
+
+export COVERAGE_DATA="$PWD/coverage/data"
+export PYTHONPATH="$PWD/tests/coverage"
+export PYTEST_DEBUG_TEMPROOT="$temporary"
+PATH=$PWD/$VENV/bin:$PATH
+
+step "Running the tests"
+# Word by word: options.
+# shellcheck disable=SC2086
+measure run -m pytest $TESTS "$@"
+
+step "Summing up"
+measure combine --quiet
+measure html --quiet --directory coverage/html
+report_shim | tee coverage/shim.txt
+measure report --fail-under "$LEAST"
