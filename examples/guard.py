@@ -44,7 +44,7 @@ def collect(ctx: Context[object, Seen], chunk: bytes) -> None:
 @app.on_eom
 def mark(ctx: EomContext[object, Seen]) -> Status:
     ctx.add_header("X-Guard", "passed")
-    if ctx.transaction.body.strip() == b"ping":
+    if bytes(ctx.transaction.body).strip() == b"ping":
         ctx.replace_body(b"pong\r\n")
     return Status.CONTINUE
 

@@ -10,25 +10,25 @@ The line goes to the logger ``milter.access``, at level INFO. It has the form ``
 
 (on one line). The same values are the dict ``record.milter`` of the log record, for formatters that have fields.
 
-============== ====================================================================================
-``queue_id``   the MTA's; Postfix has none before the second recipient or DATA
-``client``     the name of the SMTP client, as the MTA found it; ``address`` and ``port``: where it is
-``sender``     as the client gave it, without brackets; ``""`` is the null sender, ``-`` none: a connection
-               was refused
-``recipients`` those that were accepted
-``refused``    those that the filter refused, each with its answer
-``verdict``    what the filter decided: ``accept``, ``reject``, ``tempfail``, ``discard``; or ``abort``: the client
-               or the MTA gave up before. If the MTA is lost while it is told, only its own log knows
-``stage``      where it was decided
-``code``       of the reply of one's own, with ``enhanced`` and ``text``
-``failed``     the handlers that raised
-``actions``    the changes that were sent, and how many of each
-``size``       bytes of the message at its end; ``-`` without ``on_message`` and ``on_body``. With ``on_body``
-               alone it is the body, with ``on_header`` besides the header fields, too
+=============== ========================================================================================================
+``queue_id``    the MTA's; Postfix has none before the second recipient or DATA
+``client``      the name of the SMTP client, as the MTA found it; ``address`` and ``port``: where it is
+``sender``      as the client gave it, without brackets; ``""`` is the null sender, ``-`` none: a connection
+                was refused
+``recipients``  those that were accepted
+``refused``     those that the filter refused, each with its answer
+``verdict``     what the filter decided: ``accept``, ``reject``, ``tempfail``, ``discard``; or ``abort``: the client
+                or the MTA gave up before. If the MTA is lost while it is told, only its own log knows
+``stage``       where it was decided
+``code``        of the reply of one's own, with ``enhanced`` and ``text``
+``failed``      the handlers that raised
+``actions``     the changes that were sent, and how many of each
+``size``        bytes of the message at its end; ``-`` without ``on_message`` and ``on_body``. With ``on_body``
+                alone it is the body, with ``on_header`` besides the header fields, too
 ``handlers_ms`` milliseconds that Python took, all handlers together
-``total_ms``   milliseconds from MAIL to the decision
-``connection`` the number of the connection, ``ctx.id``
-============== ====================================================================================
+``total_ms``    milliseconds from MAIL to the decision
+``connection``  the number of the connection, ``ctx.id``
+=============== ========================================================================================================
 
 ``-`` is a value that is not known, or a list of none. The values come from strangers. So what is not a word of
 plain characters is put in quotes, with ``\"``, ``\\``, ``\n``, ``\r``, ``\t``; ``\x1b`` for another control

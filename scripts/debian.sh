@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # shellcheck shell=sh
-# What try.sh and test.sh share: the system's packages, Python, a virtual environment.
+# What the scripts share: the system's packages, Python, a virtual environment.
 # Read by "." in the project directory; reading it runs nothing.
 
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
@@ -266,4 +266,11 @@ with open("pyproject.toml", "rb") as file:
     print(*tomllib.load(file)["build-system"]["requires"], sep="\n")' >"$VENV/build-requirements.txt"
     quietly python -m pip install -r "$VENV/build-requirements.txt"
     quietly python -m pip install --no-build-isolation "$@"
+}
+
+# ---- The documentation
+
+# Make the site from docs/ and the docstrings, in build/site. Warnings are errors.
+build_site() {
+    python -m sphinx -q -E -W --keep-going -b html docs build/site
 }

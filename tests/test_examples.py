@@ -3,12 +3,15 @@
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from milter import Milter
 from milter.testing import MTA, Client, MTAFactory
-from tests.filter_process import RunFilter, running_filters
+from tests.filter_process import REPOSITORY, RunFilter, running_filters
+
+NAMES = sorted(path.stem for path in (REPOSITORY / "examples").glob("*.py"))
 
 
 def app_of(example: str) -> Milter:
@@ -23,11 +26,14 @@ def run_filter() -> Iterator[RunFilter]:
         yield run
 
 
-@pytest.mark.parametrize("example", ["client_addresses", "recipient_counter", "show_stages", "guard"])
-def test_an_example_runs(run_filter: RunFilter, example: str) -> None:
+@pytest.mark.parametrize("example", NAMES)
+def test_an_example_runs(run_filter: RunFilter, example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLAMAV_ON_ERROR", "accept")  # there is none
+    monkeypatch.setenv("GREYLIST_STORE", str(tmp_path / "greylist.db"))
+    monkeypatch.setenv("SPF_NAMESERVER", "127.0.0.1:1")
     process = run_filter(f"examples/{example}.py", "inet:0@127.0.0.1")
     with MTA(process.socket) as mta:
-        assert mta.send().accepted
+        assert mta.send(client="127.0.0.1").accepted
     process.stop()
 
 
@@ -93,3 +99,8 @@ def test_guard_marks_what_passes_and_answers_a_ping(milter_mta: MTAFactory) -> N
     answered = mta.send(message="Subject: test\n\nping\n")
     assert (marked.headers["X-Guard"], marked.body) == ("passed", b"text\r\n")
     assert answered.body == b"pong\r\n"
+
+
+@pytest.mark.parametrize("example", NAMES)
+def test_the_filter_has_the_name_of_its_file(example: str) -> None:
+    assert app_of(example).name == example

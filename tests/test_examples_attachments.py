@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""examples/attachments.py: programs do not get through, however they are called and wherever they lie."""
+
+import base64
+import io
+import zipfile
+from collections.abc import Callable, Mapping
+from email.message import EmailMessage
+
+import pytest
+
+from examples import attachments
+from examples.attachments import Settings, filter_with
+from milter.testing import Outcome
+from tests.conftest import Serve
+from tests.example_filters import delivered, field, refusal, send
+
+PROGRAM = b"MZ\x90\0" + b"\0" * 60 + b"PE\0\0"
+
+
+def message_with(disposition: str, content: bytes = b"text", type: str = "application/octet-stream") -> bytes:
+    """A message with one attachment; its header fields exactly as given."""
+    return (
+        (
+            f"Subject: x\nMIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=b\n\n--b\n\nHi.\n--b\n"
+            f"Content-Type: {type}\nContent-Disposition: {disposition}\nContent-Transfer-Encoding: base64\n\n"
+        ).encode()
+        + base64.encodebytes(content)
+        + b"--b--\n"
+    )
+
+
+def named(name: str, content: bytes = b"text") -> bytes:
+    return message_with(f'attachment; filename="{name}"', content)
+
+
+def zipped(files: Mapping[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def forwarded(content: bytes) -> bytes:
+    return (
+        b"Subject: fwd\nMIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=f\n\n--f\n"
+        b"Content-Type: message/rfc822\n\n" + content + b"\n--f--\n"
+    )
+
+
+NESTED = zipped({"one.zip": zipped({"two.zip": zipped({"dir/run.scr": b""})})})
+REFUSED = {
+    "name": named("setup.exe"),
+    "case": named("SETUP.ExE"),
+    "two extensions": named("invoice.pdf.js"),
+    "dots and spaces at the end": named("setup.exe. . "),
+    "right-to-left override": named("gpj.\u202eexe"),
+    "wide letters": named("setup.ｅｘｅ"),
+    "RFC 2231": message_with("attachment; filename*=utf-8''%73etup.e%78e"),
+    "RFC 2231, continued": message_with("attachment; filename*0*=utf-8''s%65tup; filename*1=.e; filename*2*=%78e"),
+    "RFC 2047": named("=?utf-8?B?c2V0dXAuZXhl?="),
+    "inline": message_with("inline; filename=setup.exe"),
+    "older name": message_with("attachment", type="application/octet-stream; name=setup.exe"),
+    "type": message_with("attachment; filename=x", type="Application/X-MSDownload"),
+    "content": named("holiday.jpg", PROGRAM),
+    "zip": named("a.zip", zipped({"readme.txt": b"", "run.exe": b""})),
+    "zip by another name": named("a.dat", zipped({"run.exe": b""})),
+    "zip in a zip in a zip": named("a.zip", NESTED),
+    "message in a message": forwarded(forwarded(named("setup.exe"))),
+    "message as a file": named("mail.eml", named("setup.exe")),
+    "message in a zip": named("a.zip", zipped({"mail.eml": named("setup.exe")})),
+    "the message itself": b"Subject: x\nContent-Type: application/octet-stream; name=a.vbs\n\nMsgBox\n",
+}
+
+
+@pytest.mark.parametrize("content", REFUSED.values(), ids=REFUSED)
+def test_programs_are_refused(serve: Serve, content: bytes) -> None:
+    transcript = send(serve(filter_with(Settings())), content)
+    assert transcript.outcome is Outcome.REJECTED
+    assert "are not accepted here" in refusal(transcript)
+
+
+PASSED = {
+    "plain": b"Subject: setup.exe\n\nsetup.exe\n",
+    "picture": named("exe.jpg", b"MZ is how it begins"),
+    "no extension": named("exe"),
+    "zip": named("a.zip", zipped({"exe/readme.txt": PROGRAM, "inner.zip": zipped({"b.txt": b""})})),
+    "message": forwarded(named("a.pdf")),
+}
+
+
+@pytest.mark.parametrize("content", PASSED.values(), ids=PASSED)
+def test_other_attachments_pass_untouched(serve: Serve, content: bytes) -> None:
+    message = delivered(send(serve(filter_with(Settings())), content))
+    assert field(message, "Subject") in ("x", "fwd", "setup.exe")
+    assert message.body == content.partition(b"\n\n")[2].replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+
+
+def test_the_refusal_names_the_file_in_ascii(serve: Serve) -> None:
+    transcript = send(serve(filter_with(Settings())), named("Übung%.exe"))
+    assert refusal(transcript).endswith("attachments that end in .exe are not accepted here: ?bung%%.exe")
+
+
+def bomb(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    monkeypatch.setattr(attachments, "LARGEST_ENTRY", 1000)
+    return zipped({"inner.zip": b"\0" * 100_000})
+
+
+def many(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    monkeypatch.setattr(attachments, "MOST_ENTRIES", 3)
+    return zipped({str(number): b"" for number in range(4)})
+
+
+def deep(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    content = zipped({"readme.txt": b""})
+    for _ in range(attachments.DEEPEST):
+        content = zipped({"inner.zip": content})
+    return content
+
+
+def encrypted(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    content = bytearray(zipped({"inner.zip": zipped({"a.txt": b""})}))
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(signature) + offset] |= 1
+    return bytes(content)
+
+
+def broken(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    return zipped({"readme.txt": b"text"})[:-10]
+
+
+@pytest.mark.parametrize("make", [bomb, many, deep, encrypted, broken])
+def test_an_archive_that_cannot_be_looked_into_is_refused(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, make: Callable[[pytest.MonkeyPatch], bytes]
+) -> None:
+    content = named("a.zip", make(monkeypatch))
+    closed = send(serve(filter_with(Settings())), content)
+    assert "cannot be checked" in refusal(closed)
+
+
+def test_an_archive_that_cannot_be_looked_into_may_pass(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = send(serve(filter_with(Settings(refuse_unreadable=False))), named("a.zip", broken(monkeypatch)))
+    assert opened.outcome is Outcome.ACCEPTED
+
+
+def test_messages_nested_too_deeply_are_refused(serve: Serve) -> None:
+    content = b"Subject: x\n\nHi.\n"
+    for _ in range(attachments.DEEPEST + 1):
+        content = named("mail.eml", content)
+    assert "nested too deeply" in refusal(send(serve(filter_with(Settings())), content))
+
+
+def test_one_may_choose_what_is_refused(serve: Serve) -> None:
+    peer = serve(filter_with(Settings(frozenset({"pdf"}), frozenset({"text/html"}))))
+    assert send(peer, named("setup.exe")).outcome is Outcome.ACCEPTED
+    assert send(peer, named("a.pdf")).outcome is Outcome.REJECTED
+    assert send(peer, message_with("inline", b"<p>", "text/html")).outcome is Outcome.REJECTED
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTACHMENTS_EXTENSIONS", "EXE js")
+    monkeypatch.setenv("ATTACHMENTS_TYPES", "text/html")
+    monkeypatch.setenv("ATTACHMENTS_ON_UNREADABLE", "accept")
+    expected = Settings(frozenset({"exe", "js"}), frozenset({"text/html"}), refuse_unreadable=False)
+    assert Settings.from_environment() == expected
+
+
+def test_what_the_email_package_makes_is_read(serve: Serve) -> None:
+    message = EmailMessage()
+    message.set_content("Hi.")
+    message.add_attachment(b"", maintype="application", subtype="zip", filename="Präsentation.exe")
+    assert send(serve(filter_with(Settings())), bytes(message)).outcome is Outcome.REJECTED
