@@ -14,6 +14,15 @@ The life of a call, from here on (its beginning, in C, is told in shim/milter_sh
    and answers as a temporary one.
 
 Only this module and :mod:`milter.libmilter` touch ``ffi`` and ``lib``.
+
+The invariants, with and without the GIL:
+
+- The events of a session come one at a time, and what one call wrote the next one sees, on whatever thread:
+  libmilter hands a session over under a lock. So what belongs to a session or to a call needs no lock of its own.
+- Sessions run side by side, and so do this module's functions. What they share is changed by single operations of a
+  dict alone, which are atomic: ``_engines`` here, the tables of connections, accounts and progress elsewhere.
+- A context may be kept, and used by any thread at any time. It is the session's lock in the shim that decides, by
+  the token, whether the call still lasts; what Python knows of that is never trusted.
 """
 
 import errno
@@ -30,6 +39,7 @@ from milter._shim import ffi, lib
 from milter.edits import Change
 from milter.engine import CONTINUE, GO_ON, Answer, Engine, Negotiation
 from milter.errors import ActionError, ContextError
+from milter.gil import gil_is_on
 from milter.plan import Plan
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, known_actions, known_options
 from milter.verdict import Reply
@@ -261,7 +271,9 @@ def _crashed(kind: type[BaseException], failure: BaseException, traceback: Any) 
 
 @ffi.def_extern(error=0, onerror=_crashed)
 def milter_python_enter(event: Any) -> int:
-    engine = _engines[event.app]
+    engine = _engines.get(event.app)
+    if engine is None:
+        return 0
     if event.ended_count:
         engine.forget(event.ended[0 : event.ended_count])
     stage = _STAGES[event.stage]
@@ -326,7 +338,9 @@ def milter_python_negotiate(
     actions: Any,
     steps: Any,
 ) -> int:
-    engine = _engines[app]
+    engine = _engines.get(app)
+    if engine is None:
+        return 0
     call = SessionCall(session, token, Stage.NEGOTIATE, engine.plan, 0, 0)
     negotiation = Negotiation(engine.plan, offered_actions, offered_steps, actions[0], steps[0])
     if not engine.negotiate(call, number, negotiation):
@@ -337,6 +351,19 @@ def milter_python_negotiate(
     actions[0] = int(negotiation.actions) | (actions[0] & Actions.REQUEST_MACROS)
     steps[0] = negotiation.reduced(steps[0])
     return _ANSWERED
+
+
+def _rehearse() -> None:
+    """Go both ways in once, for no filter, before there are other threads.
+
+    At the first call cffi finds the function of a way in, and keeps it for the next ones, in two words that it writes
+    without a lock. A second thread that came at that moment could find the first word, and crash for lack of the other.
+    """
+    lib.milter_python_enter(ffi.new("struct milter_event *"))
+    lib.milter_python_negotiate(ffi.NULL, 0, 0, 0, 0, 0, ffi.NULL, ffi.NULL)
+
+
+_rehearse()
 
 
 def _encoded(answer: Answer, call: SessionCall) -> int:
@@ -450,7 +477,7 @@ def _shim_plan(plan: Plan, number: int) -> tuple[Any, list[Any]]:
     struct.negotiates = plan.negotiates
     struct.gathers = plan.gathers
     struct.leading_space = plan.shows_leading_space
-    struct.waits = plan.waits
+    struct.straight = plan.waits or not gil_is_on()
     struct.spool_size = plan.spool_size
     struct.spool_directory = directory = ffi.new("char[]", os.fsencode(plan.spool_directory))
     texts = [directory]

@@ -17,6 +17,7 @@
  *      takes its turn (turns.c): milter_python_enter is called with the whole log, by
  *      this thread, or by another one that is in Python anyway. This takes the GIL.
  *      Where handlers are coroutines, nobody takes turns: each thread waits for its own.
+ *      Nor where there is no GIL: each thread runs its own.
  *   5. Handlers act through the functions under "The session" in the header.
  *      Each takes the session's lock, and does nothing unless its token is the
  *      session's: the call that a context was made for is still going on.
@@ -551,7 +552,7 @@ static int enter_python(struct milter_session *session, enum milter_stage stage,
         event.changes = changes;
         event.changes_capacity = sizeof changes;
         session->seen = session->in_message;
-        answer = session->run->plan.waits ? milter_python_enter(&event) : milter_take_turn(&event);
+        answer = session->run->plan.straight ? milter_python_enter(&event) : milter_take_turn(&event);
         end_call(session);
         sent = send_changes(session, &event, answer);
     }
