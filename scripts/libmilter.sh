@@ -13,7 +13,8 @@
 #   KIND=select  the same, and it waits with select: what Sendmail's own build makes
 #
 # Makes DIRECTORY/include/libmilter and DIRECTORY/lib with libmilter.a (of position-independent code), libmilter.so
-# and pkgconfig/milter.pc. With PKG_CONFIG_PATH=DIRECTORY/lib/pkgconfig the project is built with it.
+# and pkgconfig/milter.pc; and DIRECTORY/share with the archive, if it was one. With
+# PKG_CONFIG_PATH=DIRECTORY/lib/pkgconfig the project is built with it.
 # CC, AR and CFLAGS name the compiler, the archiver and the compiler's options.
 
 set -eu
@@ -45,6 +46,8 @@ source_tree() {
     check_sum "$archive"
     mkdir "$work/source"
     tar -xzf "$archive" -C "$work/source" --strip-components=1
+    mkdir -p "$prefix/share"
+    cp "$archive" "$prefix/share/sendmail.$SENDMAIL_VERSION.tar.gz"
     echo "$work/source"
 }
 
