@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from milter.testing import (
-    MTA,
     Answer,
     Client,
     ClientAddress,
     Command,
     Delivery,
+    DeliveryModel,
     Envelope,
     Mailbox,
     Message,
@@ -31,7 +31,7 @@ from .play import PASSED_ON, mail_differences, marked
 from .scenario import NOBODY, Expected, Mail, Script, Sent, mailbox
 from .server import DOMAIN
 
-MODELS: dict[str, type[MTA]] = {"postfix": Postfix, "sendmail": Sendmail}
+MODELS: dict[str, type[DeliveryModel]] = {"postfix": Postfix, "sendmail": Sendmail}
 
 # Who the client says it is, by the macro v.
 _VERSIONS = {"postfix": "Postfix 3.7.11", "sendmail": "8.17.1.9"}
@@ -150,7 +150,9 @@ def _send(client: Client, server: str, transaction: Transaction) -> Transcript:
 # ---- what differs
 
 
-def _reply_differences(mta: MTA, transaction: Transaction, transcript: Transcript) -> Iterator[tuple[int, str]]:
+def _reply_differences(
+    mta: DeliveryModel, transaction: Transaction, transcript: Transcript
+) -> Iterator[tuple[int, str]]:
     """The replies up to the one that ends the message; what comes then is the server's own business."""
     decision = transcript.decision
     sender, due = transaction.mail
@@ -176,7 +178,7 @@ def _reply_differences(mta: MTA, transaction: Transaction, transcript: Transcrip
         yield from _expect(transaction.end, "250")
 
 
-def _refusal(mta: MTA, stage: Command, answer: Answer | None, address: Mailbox | None = None) -> str:
+def _refusal(mta: DeliveryModel, stage: Command, answer: Answer | None, address: Mailbox | None = None) -> str:
     """What the client is told because of the answer; `250` where that is no refusal."""
     if answer is None or not (answer.rejects or answer.tempfails):
         return "250"
