@@ -94,7 +94,7 @@ class Transaction:
         self.message: Message | None = None
         """What handlers of on_message share, at the end."""
         self.spoilt = False
-        """A handler raised: if the policy lets the message pass, then without edits that may be half done."""
+        """A handler of the end raised: if the policy lets the message pass, then without edits, perhaps half done."""
 
 
 class Conversation:

@@ -415,11 +415,12 @@ class Engine:
                 decision = self._failed(handler, failure, stage, connection, call)
                 if stage in (_ABORT, _CLOSE):
                     continue
-                if transaction is not None:
+                if transaction is not None and stage is _EOM:
                     transaction.spoilt = True
-                    if decision is not CONTINUE:
-                        # Where it only observes, its message goes on, though it is lost: one traceback is enough.
-                        connection.skipped.add(handler)
+                if transaction is not None and stage in self.plan.silent and decision is not CONTINUE:
+                    # Its message goes on, though it is lost: one traceback is enough. Elsewhere the message is
+                    # decided, or only a recipient is refused, and the handler must be asked about the next one.
+                    connection.skipped.add(handler)
             if decision is _SKIP:
                 connection.skipped.add(handler)
             elif decision is not CONTINUE:

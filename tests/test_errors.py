@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from milter import Address, Context, EomContext, HandlerError, Milter, Params, Reply, Status, binding
+from milter import Address, Context, EomContext, HandlerError, Message, Milter, Params, Reply, Status, binding
 from milter.engine import Engine
-from milter.testing import Answer, Client, Verdict
+from milter.testing import Answer, Client, ReplaceBody, Verdict
 from tests.conftest import Serve, begin_message, send_content, send_message
 
 REPLYING_STAGES = ("connect", "helo", "mail", "rcpt", "data", "header", "eoh", "body", "eom", "unknown")
@@ -108,6 +108,44 @@ def test_an_observer_that_raises_rests_for_the_rest_of_its_message(
             client.header("X-Number", str(number))
         assert send_content(client).answer.verdict is Verdict.TEMPFAIL
     assert len(caplog.records) == 2
+
+
+def test_a_handler_that_raises_for_one_recipient_is_asked_about_the_next(serve: Serve) -> None:
+    app = Milter("test")
+
+    @app.on_rcpt
+    def rcpt(ctx: Context, recipient: Address, params: Params) -> Status:
+        if recipient == "bug":
+            raise RuntimeError("broken handler")
+        return Status.REJECT if recipient == "eve" else Status.CONTINUE
+
+    client = serve(app).greeted()
+    client.mail("<ann>")
+    answers = [client.rcpt(recipient) for recipient in ("<bug>", "<eve>", "<bug>", "<bob>")]
+    verdicts = [answer and answer.verdict for answer in answers]
+    assert verdicts == [Verdict.TEMPFAIL, Verdict.REJECT, Verdict.TEMPFAIL, Verdict.CONTINUE]
+
+
+def test_a_handler_that_raises_for_one_recipient_takes_no_edits_from_the_message(serve: Serve) -> None:
+    app = Milter("test")
+
+    @app.on_rcpt
+    def rcpt(ctx: Context, recipient: Address, params: Params) -> Status:
+        if recipient == "bug":
+            raise RuntimeError("broken handler")
+        return Status.CONTINUE
+
+    @app.on_message
+    def message(ctx: EomContext, message: Message) -> None:
+        message.body = b"without the virus\r\n"
+
+    client = serve(app).greeted()
+    client.mail("<ann>")
+    client.rcpt("<bug>")
+    client.rcpt("<bob>")
+    end = send_content(client)
+    assert end.answer.verdict is Verdict.CONTINUE
+    assert end.changes == (ReplaceBody(b"without the virus\r\n"),)
 
 
 def test_an_observer_that_raises_is_answered_at_the_next_stage_that_replies(serve: Serve) -> None:
