@@ -201,6 +201,30 @@ def test_an_mta_that_goes_on_after_the_verdict_gets_the_verdict_again(serve: Ser
     assert stages == ["rcpt"]
 
 
+@pytest.mark.parametrize("before", ["accepted", "aborted", "greeted again"])
+def test_a_message_without_a_sender_is_not_accepted_with_the_verdict_of_another(serve: Serve, before: str) -> None:
+    """libmilter lets a body follow an unknown command anywhere."""
+    app = Milter("test")
+    app.on_mail(lambda ctx, sender, params: Status.ACCEPT if sender == "friend" else Status.CONTINUE)
+    for stage in ("body", "unknown"):
+        getattr(app, f"on_{stage}")(lambda ctx, argument: Status.CONTINUE)
+    app.on_eom(lambda ctx: Status.CONTINUE)
+    client = serve(app).greeted()
+    if before == "accepted":
+        assert send_message(client).answer.verdict is Verdict.CONTINUE
+    else:
+        client.mail("<friend>")
+    if before == "aborted":
+        client.mail("<ann>")
+        client.abort()
+    if before == "greeted again":
+        client.helo()
+    client.unknown("FOO")
+    answer = client.body(b"text\r\n")
+    assert answer is not None
+    assert answer.verdict is Verdict.TEMPFAIL
+
+
 @pytest.mark.parametrize("data", [b"j", b"j\0", b"j\0mta\0i\0", b"\0", b"\0\0\0", b"i\0one\0i\0two\0i\0"], ids=repr)
 @pytest.mark.parametrize("stage", b"CHMRTNE", ids=chr)
 def test_a_macro_without_a_value_crashes_nobody(peer: Peer, stage: int, data: bytes) -> None:

@@ -126,7 +126,7 @@ struct milter_session {
     bool message_deferred; /* the same within the message */
     bool lost; /* a part of the log is missing: Python must not judge by the rest */
     enum failure failure;
-    sfsistat decision; /* of the last message that was decided */
+    sfsistat decision; /* of a message that was decided before its end, while the MTA goes on with it */
     struct buffer log;
     struct buffer chunks; /* of the body, for the records B in the log */
     size_t message_mark;  /* where the message begins in the log */
@@ -648,7 +648,7 @@ static sfsistat conclude(struct milter_session *session, enum milter_stage stage
     if (verdict == SMFIS_SKIP && (stage != MILTER_BODY || (session->steps & SMFIP_SKIP) == 0))
         verdict = SMFIS_CONTINUE; /* Sendmail answers a SKIP elsewhere by leaving out the body */
     if (session->in_message && ends_message(stage, verdict)) {
-        session->decision = verdict;
+        session->decision = stage != MILTER_EOM ? verdict : SMFIS_TEMPFAIL;
         if (!told)
             forget_message(session);
         end_message(session);
@@ -659,6 +659,7 @@ static sfsistat conclude(struct milter_session *session, enum milter_stage stage
 /* Once for each message that was begun and not decided, however often the MTA says ABORT. */
 static void abort_message(struct milter_session *session)
 {
+    session->decision = SMFIS_TEMPFAIL; /* what comes now belongs to no message, or to one that begins */
     if (!session->in_message)
         return;
     if (session->run->plan.mode[MILTER_ABORT] == MILTER_ENTER || session->tracked || session->message_deferred) {
