@@ -31,7 +31,7 @@ from milter.edits import Change
 from milter.engine import CONTINUE, GO_ON, Answer, Engine, Negotiation
 from milter.errors import ActionError, ContextError
 from milter.plan import Plan
-from milter.protocol import Actions, MacroList, ProtocolOptions, Stage
+from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, known_actions, known_options
 from milter.verdict import Reply
 
 log = logging.getLogger("milter")
@@ -128,7 +128,7 @@ class SessionCall:
 
     def granted(self) -> tuple[Actions, ProtocolOptions]:
         hidden = 0 if self._plan.shows_leading_space else _LEADING_SPACE
-        return Actions(self.granted_actions), ProtocolOptions(self._steps & ~hidden)
+        return known_actions(self.granted_actions), known_options(self._steps & ~hidden)
 
     def request_macros(self, entry: MacroList, names: Sequence[str]) -> None:
         text = " ".join(names).encode("ascii")

@@ -35,7 +35,7 @@ from milter.ledger import Ledger
 from milter.message import Message, freeze
 from milter.plan import Plan, make_plan
 from milter.progress import Progress
-from milter.protocol import Actions, MacroList, ProtocolOptions, Stage
+from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, known_actions, known_options
 from milter.verdict import MEANINGFUL, Reply, Status, Verdict
 
 log = logging.getLogger("milter")
@@ -66,10 +66,10 @@ class Negotiation:
     """The state of one negotiation; see :class:`milter.context.Negotiation`."""
 
     def __init__(self, plan: Plan, offered_actions: int, offered_steps: int, actions: int, steps: int) -> None:
-        options = ProtocolOptions(steps)
+        options = known_options(steps)
         self._shows_leading_space = plan.shows_leading_space and ProtocolOptions.LEADING_SPACE in options
-        self.offered_actions = Actions(offered_actions)
-        self.offered_options = ProtocolOptions(offered_steps)
+        self.offered_actions = known_actions(offered_actions)
+        self.offered_options = known_options(offered_steps)
         self.actions = Actions(actions) & ~Actions.REQUEST_MACROS
         self.leading_space = self._shows_leading_space
         self.rejected_recipients = ProtocolOptions.REJECTED_RCPT in options

@@ -98,6 +98,20 @@ class ProtocolOptions(IntFlag):
     """Header values come and go with the space after the colon."""
 
 
+# The standard library remembers each combination of flags that it has once made. An MTA may offer any 32 bits.
+_ALL_OPTIONS = (int(ProtocolOptions.LEADING_SPACE) << 1) - 1
+
+
+def known_actions(bits: int) -> Actions:
+    """Those of the bits that have a name here."""
+    return Actions(bits & Actions.ALL)
+
+
+def known_options(bits: int) -> ProtocolOptions:
+    """Those of the bits that have a name here."""
+    return ProtocolOptions(bits & _ALL_OPTIONS)
+
+
 class MacroList(Enum):
     """The lists of macros that a filter can ask for, by libmilter's numbers (``SMFIM_*``)."""
 

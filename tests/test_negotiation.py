@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from milter import Actions, Context, EomContext, Milter, NegotiateContext, ProtocolOptions, Stage, Status
+from milter import (
+    Actions,
+    ClientAddress,
+    Context,
+    EomContext,
+    Milter,
+    NegotiateContext,
+    ProtocolOptions,
+    Stage,
+    Status,
+)
 from milter.testing import Client, PeerClosed, Verdict
 from tests.conftest import Serve, begin_message, send_content, send_message
 
@@ -301,3 +311,29 @@ def test_a_second_offer_on_a_connection_is_ignored_by_libmilter(serve: Serve) ->
     client: Client = serve(Milter("test")).greeted()
     client.send(b"O", b"\0\0\0\6" + b"\0\0\1\xff" + b"\0\x1f\xff\xff")
     assert send_message(client).answer.verdict is Verdict.CONTINUE
+
+
+def test_bits_that_nobody_knows_are_not_remembered(serve: Serve) -> None:
+    """The standard library keeps each combination of flags for ever, and an MTA may offer billions."""
+    app = Milter("test")
+    offers: list[tuple[Actions, ProtocolOptions]] = []
+
+    @app.on_negotiate
+    def negotiate(ctx: NegotiateContext) -> None:
+        offers.append((ctx.offered_actions, ctx.offered_options))
+
+    @app.on_connect
+    def connect(ctx: Context, hostname: str, address: ClientAddress) -> Status:
+        offers.append((ctx.actions, ctx.options))
+        return Status.CONTINUE
+
+    peer = serve(app)
+    all_known = (1 << 9) - 1, (1 << 21) - 1
+    for unknown in range(9, 32):
+        client = peer.client()
+        client.negotiate(actions=0x1FF | 1 << unknown, steps=0x1FFFFF | 1 << max(unknown, 21))
+        client.connect_info()
+        assert offers[-2] == all_known
+    assert all(int(number) <= known for flags in offers for number, known in zip(flags, all_known, strict=True))
+    for flags, known in zip((Actions, ProtocolOptions), all_known, strict=True):
+        assert [number for number in flags._value2member_map_ if isinstance(number, int) and number > known] == []
