@@ -6,22 +6,20 @@ conversation that shows it; ``--hypothesis-seed`` (or ``MILTER_FUZZ_SEED``) repe
 """
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
-import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from milter.testing.wire import Steps
 from tests.fuzz.link import Line, compare
-from tests.fuzz.model import LIMIT, Kind, Model
+from tests.fuzz.model import LIMIT, Model
 from tests.fuzz.mutation import encoded
-from tests.fuzz.test_packets import SEED, Target
+from tests.fuzz.target import Target
 
 EXAMPLES = int(os.environ.get("MILTER_FUZZ_EXAMPLES", "60"))
 """Conversations for each kind of filter."""
+SEED = int(os.environ.get("MILTER_FUZZ_SEED", "1"))
 
 # ---- What is said
 
@@ -198,13 +196,6 @@ class Machine(RuleBasedStateMachine):
         self.target.check()
 
 
-@pytest.fixture(params=Kind, ids=lambda kind: kind.value)
-def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Target]:
-    target = Target(tmp_path, request.param)
-    with target.process:
-        yield target
-
-
 def test_any_conversation_is_answered_as_predicted(target: Target) -> None:
     class Machinery(Machine):
         pass
@@ -218,4 +209,4 @@ def test_any_conversation_is_answered_as_predicted(target: Target) -> None:
         suppress_health_check=list(HealthCheck),
         phases=[Phase.explicit, Phase.generate, Phase.target, Phase.shrink],
     )
-    run_state_machine_as_test(seed(SEED)(Machinery), settings=configuration)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(seed(SEED)(Machinery), settings=configuration)
