@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 
-from milter import Address, Context, EomContext, Milter, Params, Status
+from milter import Address, Context, EomContext, Message, Milter, Params, Reply, Status
+from milter.libmilter import libmilter
 from milter.testing import Client, Packet, PeerClosed, Verdict, WireError
-from tests.conftest import Peer, Serve, send_message
+from milter.testing.wire import read_answer
+from tests.conftest import Peer, Serve, begin_message, send_message
+
+needs_redirection = pytest.mark.skipif(
+    not libmilter.redirected, reason="libmilter does not say with which packet a piece of the body came"
+)
 
 OFFER = Packet(b"O", b"\0\0\0\6" + b"\0\0\1\xff" + b"\0\x1f\xff\xff").encode()
 
@@ -238,6 +244,75 @@ def test_a_macro_without_a_value_crashes_nobody(peer: Peer, stage: int, data: by
     assert is_well(peer)
 
 
+@pytest.mark.parametrize("size", [1, 8, 23, 24, 25, 40, 200, 5000])
+def test_an_unknown_command_without_an_end_is_not_read_beyond_it(serve: Serve, size: int) -> None:
+    """libmilter hands it on without its length."""
+    app = Milter("test")
+    commands: list[str] = []
+    app.on_unknown(lambda ctx, command: commands.append(command))
+    peer = serve(app)
+    for _ in range(20):
+        client = peer.greeted()
+        client.send(b"U", b"x" * size)
+        client._socket.shutdown(1)
+        with contextlib.suppress(PeerClosed):
+            client.receive()
+            read_until_closed(client)
+    if libmilter.redirected:
+        assert commands == []
+    # Else only the size of its memory is known.
+    assert [command for command in commands if len(command) > size + 24] == []
+
+
+@needs_redirection
+@pytest.mark.parametrize("verdict", [Status.CONTINUE, Status.REJECT, Status.ACCEPT, Reply(550, "5.7.1", "no")], ids=str)
+def test_a_piece_of_the_body_with_the_end_of_the_message_is_answered_once(
+    serve: Serve, verdict: Status | Reply
+) -> None:
+    """libmilter would answer for the piece, too, and the MTA take that answer for the next command's."""
+    app = Milter("test")
+    bodies: list[bytes] = []
+    app.on_body(lambda ctx, chunk: verdict)
+
+    @app.on_message
+    def message(ctx: EomContext, message: Message) -> Status:
+        bodies.append(message.body)
+        return Status.CONTINUE
+
+    client = serve(app).greeted()
+    begin_message(client)
+    client.send(b"E", b"the rest\r\n")
+    answer = read_answer(client.receive())
+    assert str(answer) == {Status.ACCEPT: "accept", Status.REJECT: "reject", Status.CONTINUE: "continue"}.get(
+        verdict, "550 5.7.1 no"
+    )
+    assert bodies == ([b"the rest\r\n"] if verdict is Status.CONTINUE else [])
+    client.quit()
+    client.wait_for_close()
+
+
+@needs_redirection
+def test_a_piece_of_the_body_with_the_end_of_the_message_is_observed_before_it(serve: Serve) -> None:
+    """libmilter would not tell of the end, and leave the MTA waiting."""
+    app = Milter("test")
+    events: list[bytes] = []
+
+    @app.on_body
+    def body(ctx: Context, chunk: bytes) -> None:
+        events.append(chunk)
+
+    @app.on_eom
+    def eom(ctx: EomContext) -> Status:
+        events.append(b"end")
+        return Status.REJECT
+
+    client = serve(app).greeted()
+    begin_message(client)
+    client.send(b"E", b"the rest\r\n")
+    assert read_answer(client.receive()).verdict is Verdict.REJECT
+    assert events == [b"the rest\r\n", b"end"]
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_conversations_harm_nobody(peer: Peer, seed: int) -> None:
     choose = random.Random(seed)
@@ -248,8 +323,6 @@ def test_random_conversations_harm_nobody(peer: Peer, seed: int) -> None:
             command, data = choose.choice([*CONVERSATION[1:], (b"K", b""), (b"E", b"data at the end")])
             if choose.random() < 0.1:
                 data = data[: choose.randrange(len(data) + 1)] + choose.randbytes(choose.randrange(5))
-            if command == b"U" and not data.endswith(b"\0"):
-                continue  # libmilter hands on what has no end: not the filter's to guard
             client.send(command, data)
         client._socket.shutdown(1)
         read_until_closed(client)

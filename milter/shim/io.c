@@ -107,6 +107,10 @@ struct connection {
     bool blocked; /* the last try to write wrote less than all */
     int error;    /* errno of a read or write that failed for good */
     int timeout;  /* milliseconds, of libmilter's last poll */
+    unsigned header_size; /* bytes of a packet's length and letter that libmilter has read */
+    uint32_t data_size;   /* told by that length, the letter included */
+    uint32_t data_left;   /* bytes of data that it will read, before the next header */
+    char command;         /* the letter that it has read last */
     struct block *block;
     unsigned input_begin, input_end;
     unsigned output_begin, output_end;
@@ -121,7 +125,12 @@ static pthread_mutex_t blocks_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct block *free_blocks; /* under blocks_lock */
 static unsigned free_count;       /* the same */
 
-static _Thread_local int last_read = -1;
+/* What this thread has read last. */
+static _Thread_local struct {
+    int fd;
+    char command;
+    const char *end;
+} last_read = {-1, 0, NULL};
 static atomic_int log_descriptor = -1;
 
 int __real_accept(int fd, struct sockaddr *address, socklen_t *size);
@@ -351,6 +360,8 @@ static void adopt(int fd, bool tcp)
     connection->ended = connection->blocked = false;
     connection->error = 0;
     connection->timeout = -1;
+    connection->header_size = 0;
+    connection->data_left = 0;
     atomic_store(&connection->open, true);
 }
 
@@ -507,6 +518,24 @@ static size_t receive(struct connection *connection, int fd, char *rest, size_t 
     return size;
 }
 
+/* By whoever serves the session: libmilter reads the five bytes of a header, in pieces perhaps, then the data. */
+static void follow(struct connection *connection, const unsigned char *bytes, size_t size)
+{
+    if (connection->data_left > 0) {
+        connection->data_left -= size < connection->data_left ? (uint32_t)size : connection->data_left;
+        return;
+    }
+    for (; size > 0; bytes++, size--) {
+        if (connection->header_size++ < 4) {
+            connection->data_size = connection->data_size << 8 | *bytes;
+            continue;
+        }
+        connection->command = (char)*bytes;
+        connection->header_size = 0;
+        connection->data_left = connection->data_size > 0 ? connection->data_size - 1 : 0;
+    }
+}
+
 /* By libmilter, after a poll that said there is something. */
 static ssize_t read_some(struct connection *connection, int fd, char *buffer, size_t size)
 {
@@ -587,7 +616,17 @@ static int await_input(struct connection *connection, struct pollfd *fds, int ti
 
 int milter_io_descriptor(void)
 {
-    return last_read;
+    return last_read.fd;
+}
+
+char milter_io_command(void)
+{
+    return last_read.command;
+}
+
+const char *milter_io_data_end(void)
+{
+    return last_read.end;
 }
 
 bool milter_io_flush(int fd)
@@ -731,10 +770,15 @@ WRAP ssize_t __wrap_read(int fd, void *buffer, size_t size)
 {
     struct connection *connection = connection_of(fd);
 
-    last_read = fd; /* of any connection, or the one before would be taken for this one */
+    last_read.fd = fd; /* of any connection, or the one before would be taken for this one */
     if (connection == NULL)
         return __real_read(fd, buffer, size);
-    return read_some(connection, fd, buffer, size);
+    const ssize_t result = read_some(connection, fd, buffer, size);
+    if (result > 0)
+        follow(connection, buffer, (size_t)result);
+    last_read.command = connection->command;
+    last_read.end = (const char *)buffer + (result > 0 ? result : 0);
+    return result;
 }
 
 WRAP ssize_t __wrap___read_chk(int fd, void *buffer, size_t size, size_t room)
@@ -819,6 +863,16 @@ const char *milter_io_symbols(void)
 int milter_io_descriptor(void)
 {
     return -1;
+}
+
+char milter_io_command(void)
+{
+    return 0;
+}
+
+const char *milter_io_data_end(void)
+{
+    return NULL;
 }
 
 bool milter_io_flush(int fd)

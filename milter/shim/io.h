@@ -17,6 +17,13 @@
 int milter_io_descriptor(void);
 
 /*
+ * By the same thread within a callback: the letter of the command that it is for,
+ * and the end of the command's data. 0 and NULL when libmilter's I/O is not wrapped.
+ */
+char milter_io_command(void);
+const char *milter_io_data_end(void);
+
+/*
  * Write what was gathered for this connection, and wait for a peer that reads
  * slowly, as libmilter would have. By the thread that serves it, or by another
  * one under the session's lock while that thread is in Python. False: it could

@@ -75,6 +75,18 @@
 #include <time.h>
 #include <unistd.h>
 
+/* The size of a piece of memory, where the system tells it. */
+#if defined __FreeBSD__
+#include <malloc_np.h>
+#define MEMORY_SIZE(memory) malloc_usable_size((void *)(uintptr_t)(memory))
+#elif defined __linux__
+#include <malloc.h>
+#define MEMORY_SIZE(memory) malloc_usable_size((void *)(uintptr_t)(memory))
+#elif defined __APPLE__
+#include <malloc/malloc.h>
+#define MEMORY_SIZE(memory) malloc_size(memory)
+#endif
+
 enum {
     LOG_KEPT = 4096,       /* a larger log is given back once Python has read it */
     LOG_FULL = 64 * 1024,  /* a log of this size is delivered, wanted or not; the chunks of the body count */
@@ -82,7 +94,8 @@ enum {
     CHANGES_FIRST = 1024,  /* bytes of changes for which no memory must be asked */
     CLOSED_SESSIONS = 256, /* how many closed sessions are remembered, see resume() */
     REPLY_LINES = 32,      /* libmilter's limit of lines in a reply */
-    HANG_UP = 21           /* libmilter's _SMFIS_ABORT (engine.c): close the connection, without a reply */
+    HANG_UP = 21,          /* libmilter's _SMFIS_ABORT (engine.c): close the connection, without a reply */
+    END_OF_MESSAGE = 'E'   /* the letter of that command */
 };
 
 enum failure { SOUND, MESSAGE_FAILED, CONNECTION_FAILED };
@@ -856,7 +869,14 @@ static sfsistat on_eoh(SMFICTX *ctx)
     return conclude(session, MILTER_EOH, NULL, 0);
 }
 
-/* The chunk is libmilter's memory, valid until this returns. */
+/*
+ * The chunk is libmilter's memory, valid until this returns.
+ *
+ * A piece may come with the end of the message, though no known MTA sends that.
+ * libmilter then sends any answer but "continue" twice, and does not tell of the
+ * end. A message that was decided here is answered there, so it does no harm to
+ * go on; where libmilter's I/O is not wrapped, nobody knows.
+ */
 static sfsistat on_body(SMFICTX *ctx, unsigned char *chunk, size_t size)
 {
     struct milter_session *session = session_of(ctx);
@@ -864,11 +884,15 @@ static sfsistat on_body(SMFICTX *ctx, unsigned char *chunk, size_t size)
     if (session == NULL)
         return HANG_UP;
     gather(session, chunk, size);
-    if (ignored(session, MILTER_BODY))
-        return conclude(session, MILTER_BODY, NULL, 0);
-    log_text(session, "B");
-    log_number(session, size);
-    return conclude(session, MILTER_BODY, chunk, size);
+    if (ignored(session, MILTER_BODY)) {
+        chunk = NULL;
+        size = 0;
+    } else {
+        log_text(session, "B");
+        log_number(session, size);
+    }
+    const sfsistat verdict = conclude(session, MILTER_BODY, chunk, size);
+    return milter_io_command() == END_OF_MESSAGE ? SMFIS_CONTINUE : verdict;
 }
 
 static sfsistat on_eom(SMFICTX *ctx)
@@ -881,11 +905,28 @@ static sfsistat on_eom(SMFICTX *ctx)
     return conclude(session, MILTER_EOM, NULL, 0);
 }
 
+/*
+ * Does the text of a command end with it? libmilter looks at others, and not at this one, and keeps its length to
+ * itself. Where the end of its data is not known either, the size of libmilter's memory is all there is to go by.
+ */
+static bool is_text(const char *command)
+{
+    const char *end = milter_io_data_end();
+
+    if (end != NULL)
+        return memchr(command, '\0', (size_t)(end - command)) != NULL;
+#ifdef MEMORY_SIZE
+    return memchr(command, '\0', MEMORY_SIZE(command)) != NULL;
+#else
+    return true;
+#endif
+}
+
 static sfsistat on_unknown(SMFICTX *ctx, const char *command)
 {
     struct milter_session *session = session_of(ctx);
 
-    if (session == NULL)
+    if (session == NULL || !is_text(command))
         return HANG_UP;
     if (!ignored(session, MILTER_UNKNOWN)) {
         log_text(session, "U");

@@ -356,9 +356,14 @@ _NEEDS_DATA = "DBCHLMORU"
 
 
 class Process:
-    """libmilter's table of states: one for all connections, in which a declined stage stays declined."""
+    """libmilter's table of states: one for all connections, in which a declined stage stays declined.
 
-    def __init__(self) -> None:
+    Arguments:
+        redirected: libmilter's system calls are, so that the library knows more of a packet than libmilter tells.
+    """
+
+    def __init__(self, redirected: bool) -> None:
+        self.redirected = redirected
         self._skipped: set[str] = set()
 
     def decline(self, steps: int) -> None:
@@ -553,20 +558,21 @@ class Model:
 
     def _unknown(self, data: bytes) -> str | None:
         if b"\0" not in data:
-            # libmilter does not say how long it is. Where the library cannot tell either, garbage follows.
-            self.prediction.loose = True
+            # libmilter does not say how long it is. Where the library cannot tell either, garbage may follow.
+            self._close()
+            self.prediction.loose = not self._process.redirected
             return None
         return self._session_of().unknown(data.partition(b"\0")[0])
 
     def _end_of_message(self, data: bytes) -> str | None:
-        if data:
-            # libmilter shows it to the filter as a piece of the body, and the rest is a tale of its own.
-            self.prediction.loose = True
-            return None
         session = self._session_of()
+        if data and not self._process.redirected:
+            self.prediction.loose = True  # what libmilter makes of it, see docs/libmilter.md
         if self.over:
             return None
+        piece = session.body(data) if data else ""
         answer, changes = session.end_of_message()
+        answer = piece if piece in ("4", "5") else answer  # the reply waits in libmilter
         self._answer("E", answer, changes)
         return None
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from milter.libmilter import libmilter
 from tests.filter_process import FilterProcess
 from tests.fuzz.link import WHOLE, Ending, Surprise, compare, exchange
 from tests.fuzz.model import Kind, Model, Process
@@ -46,7 +47,7 @@ class Target:
 
     def __init__(self, directory: Path, kind: Kind, build: Sanitized | None = None) -> None:
         self.kind = kind
-        self.model = Process()
+        self.model = Process(redirected=bool(libmilter.redirected))
         self.process = FilterProcess(
             FILTER,
             f"unix:{directory}/{kind.value}.sock",

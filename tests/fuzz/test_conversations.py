@@ -113,7 +113,7 @@ class Conversation:
 
     def deliver(self, cuts: list[int]) -> None:
         prediction = self.model.prediction
-        due = 1 << 30 if prediction.closes else 0 if prediction.loose else len(prediction.answers)
+        due = 0 if prediction.loose else 1 << 30 if prediction.closes else len(prediction.answers)
         stream, self.unsent = self.unsent, b""
         self.line.send(stream, cuts, due)
 
