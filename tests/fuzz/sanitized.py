@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import milter
+from milter.libmilter import libmilter as tested
 
 REPOSITORY = Path(__file__).parent.parent.parent
 SANITIZERS = "-fsanitize=address,undefined"
@@ -39,6 +40,8 @@ class Sanitized:
 
     library: Path
     environment: dict[str, str]
+    redirected: bool
+    """libmilter's system calls are."""
 
 
 def compiler() -> list[str]:
@@ -71,8 +74,10 @@ def built(directory: Path) -> Sanitized:
         "LDFLAGS": SANITIZERS,
     }
     sources = source()
+    redirected = sources is not None or bool(tested.redirected)
+    environment["MILTER_LINK"] = "static" if redirected else "shared"
     if sources is not None:
-        environment |= {"PKG_CONFIG_PATH": str(libmilter(sources, directory / "libmilter")), "MILTER_LINK": "static"}
+        environment["PKG_CONFIG_PATH"] = str(libmilter(sources, directory / "libmilter"))
     places = ["--build-lib", str(directory), "--build-temp", str(directory / "build")]
     command = [sys.executable, "setup.py", "-q", "build_ext", *places]
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
@@ -85,6 +90,7 @@ def built(directory: Path) -> Sanitized:
             "UBSAN_OPTIONS": "print_stacktrace=1",
             "PYTHONMALLOC": "malloc",
         },
+        redirected,
     )
 
 

@@ -47,7 +47,7 @@ class Target:
 
     def __init__(self, directory: Path, kind: Kind, build: Sanitized | None = None) -> None:
         self.kind = kind
-        self.model = Process(redirected=bool(libmilter.redirected))
+        self.model = Process(build.redirected if build is not None else bool(libmilter.redirected))
         self.process = FilterProcess(
             FILTER,
             f"unix:{directory}/{kind.value}.sock",
