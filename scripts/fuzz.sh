@@ -38,10 +38,12 @@ esac
 fetch_source() (
     cd "$1"
     mkdir lists lists/partial cache
+    # The names in $() are apt-get's.
+    # shellcheck disable=SC2016
     apt-get indextargets --format 'deb-src $(SITE) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
         grep debian | sort -u >sources.list
     set -- -o "Dir::Etc::SourceList=$1/sources.list" -o Dir::Etc::SourceParts=/dev/null \
-        -o "Dir::State::Lists=$1/lists" -o "Dir::Cache=$1/cache"
+        -o "Dir::State::Lists=$1/lists" -o "Dir::Cache=$1/cache" -o "APT::Sandbox::User=$(id -un)"
     apt-get -qq "$@" update
     apt-get -qq "$@" source --download-only sendmail
     tar xf sendmail_*.orig.tar.*z
@@ -52,7 +54,7 @@ explore() {
     end=$(($(date +%s) + $1))
     batch=$seed
     while [ "$(date +%s)" -lt "$end" ]; do
-        MILTER_FUZZ_EXAMPLES=200 MILTER_FUZZ_SEED=$batch \
+        env MILTER_FUZZ_EXAMPLES=200 MILTER_FUZZ_SEED="$batch" \
             python -m pytest -q -p no:cacheprovider tests/fuzz/test_conversations.py
         batch=$((batch + 1))
     done
@@ -80,7 +82,7 @@ fi
 
 if [ -z "$seconds" ]; then
     step "Fuzzing with a fixed number of conversations, seed $seed"
-    MILTER_FUZZ_SEED=$seed python -m pytest -q tests/fuzz
+    env MILTER_FUZZ_SEED="$seed" python -m pytest -q tests/fuzz
 else
     step "Mutated conversations with sanitizers, seed $seed, $((seconds / 2)) seconds"
     python -m tests.fuzz --sanitized --seconds $((seconds / 2)) --seed "$seed"

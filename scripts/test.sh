@@ -53,12 +53,14 @@ temporary=$(mktemp -d "${TMPDIR:-/tmp}/milter.XXXXXX")
 export PYTEST_DEBUG_TEMPROOT="$temporary"
 
 failed=
-check "Tests with the shared libmilter: pytest" python -m pytest --ignore tests/test_stress.py "$@"
+# Of the fuzzing a part: the other link has the rest.
+check "Tests with the shared libmilter: pytest" env MILTER_FUZZ_PACKETS=100 MILTER_FUZZ_EXAMPLES=15 \
+    python -m pytest --ignore tests/test_stress.py "$@"
 build static
 check "Python: ruff check" python -m ruff check
 check "Python: ruff format --check" python -m ruff format --check
 check "Python: mypy" python -m mypy
-check "C: ${CC:-cc} -Wall -Wextra -Werror" compile_strictly milter/shim/*.c benchmarks/load/*.c benchmarks/filters/*.c
+check "C: ${CC:-cc} -Wall -Wextra -Werror" compile_strictly milter/shim/*.c benchmarks/load/*.c benchmarks/filters/*.c tests/fuzz/bare/*.c
 check "Examples in the documentation: doctest" check_documentation
 check "Tests with libmilter's I/O wrapped: pytest" python -m pytest "$@"
 

@@ -28,6 +28,8 @@ DEFINED = (
     *("-DNOT_SENDMAIL", "-Dsm_snprintf=snprintf", "-DSM_CONF_POLL=1", "-D_FFR_WORKERS_POOL=1", "-DNETINET6=1"),
     "-DXP_MT",
 )
+REPAIRED = ("-D_FFR_ADD_NULL=1",)
+AS_IT_IS: tuple[str, ...] = ()
 
 
 class Unavailable(Exception):
@@ -94,7 +96,7 @@ def built(directory: Path) -> Sanitized:
     )
 
 
-def libmilter(sources: Path, directory: Path, *more: str) -> Path:
+def libmilter(sources: Path, directory: Path, switches: tuple[str, ...] = REPAIRED) -> Path:
     """Compile libmilter; a directory for PKG_CONFIG_PATH with the archive."""
     directory.mkdir(parents=True)
     (directory / "sm_os.h").write_text('#include "sm/os/sm_os_linux.h"\n')
@@ -103,7 +105,7 @@ def libmilter(sources: Path, directory: Path, *more: str) -> Path:
         *(sources / "libsm" / f"{name}.c" for name in LIBSM),
     ]
     for path in paths:
-        compile_one(path, directory, sources, more or ("-D_FFR_ADD_NULL=1",))
+        compile_one(path, directory, sources, switches)
     objects = sorted(map(str, directory.glob("*.o")))
     subprocess.run(["ar", "rcs", str(directory / "libmilter.a"), *objects], check=True)
     (directory / "milter.pc").write_text(
@@ -113,7 +115,7 @@ def libmilter(sources: Path, directory: Path, *more: str) -> Path:
     return directory
 
 
-def compile_one(path: Path, directory: Path, sources: Path, more: tuple[str, ...]) -> None:
+def compile_one(path: Path, directory: Path, sources: Path, switches: tuple[str, ...]) -> None:
     includes = [f"-I{directory}", f"-I{sources / 'include'}", f"-I{sources / 'sendmail'}"]
-    command = [*compiler(), "-c", "-w", "-fPIC", "-pthread", SANITIZERS, *COMPILED, *DEFINED, *more, *includes]
+    command = [*compiler(), "-c", "-w", "-fPIC", "-pthread", SANITIZERS, *COMPILED, *DEFINED, *switches, *includes]
     subprocess.run([*command, str(path), "-o", str(directory / f"{path.stem}.o")], check=True)
