@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import chart, machine, report
+from benchmarks import chart, machine, report, standstill
 from benchmarks.contenders import CONTENDERS, Contender, Program
 from benchmarks.generator import Generator
 from benchmarks.measure import Settings, measure
@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "contenders": {contender.name: contender.label for contender in chosen},
         "scenarios": _measure_all(_chosen_groups(parsed), crew, unavailable, generator, settings),
     }
+    if any(scenario["kind"] == "patience" for scenario in results["scenarios"].values()):
+        results["machine"]["standstill_us"] = standstill.longest_us(settings.patience_seconds, machine.cpus())
     results["required"] = judge(results["scenarios"])
     _write(results, parsed)
     return 1 if _failed(results) else 0

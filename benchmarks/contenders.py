@@ -54,6 +54,10 @@ def _package(requirement: str, script: str, *arguments: str) -> Callable[[Worksh
     return prepare
 
 
+def _rust(workshop: Workshop) -> Program:
+    return Program([str(workshop.rust_filter())])
+
+
 def _pymilter(mode: str) -> Callable[[Workshop], Program]:
     return _package("pymilter==1.0.5", "pymilter_filter", mode)
 
@@ -65,6 +69,7 @@ CONTENDERS = [
     Contender("milter-message-shared", "milter on_message, shared library", _milter("milter_message", "shared")),
     Contender("milter-observing", "milter, header and body observed", _milter("milter_observing")),
     Contender("milter-replying", "milter, replying", _milter("milter_replying")),
+    Contender("indymilter", "indymilter (Rust), no reply", _rust, optional=True),
     Contender("pymilter-noreply", "pymilter, no reply", _pymilter("noreply"), optional=True),
     Contender("pymilter-observing", "pymilter, header and body no reply", _pymilter("observing"), optional=True),
     Contender("pymilter-replying", "pymilter, replying", _pymilter("replying"), optional=True),

@@ -133,6 +133,11 @@ def _scenario_table(results: Results, name: str) -> tuple[Row, list[Row], list[s
             rows.append([label, *(NOTHING for _ in columns)])
             reason = f"WRONG: {result['wrong']}" if "wrong" in result else f"not measured: {result['unavailable']}"
             notes.append(f"{label}: {reason}")
+    if scenario["kind"] == "patience" and "standstill_us" in results["machine"]:
+        notes.append(
+            f"Processes that only looked at the clock, for the same time with nothing else running, were stopped "
+            f"for up to {results['machine']['standstill_us'] / 1000:.1f} ms: the machine's share of a longest wait."
+        )
     return ["", *(heading for heading, _ in columns)], rows, notes
 
 

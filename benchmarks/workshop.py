@@ -55,6 +55,31 @@ class Workshop:
 
         return self._once(f"venv-{requirement}", [], make, sys.version) / "bin" / "python"
 
+    def rust_filter(self) -> Path:
+        """The filter in Rust: the program that INDYMILTER_FILTER names, or what cargo makes of the source here."""
+        built = os.environ.get("INDYMILTER_FILTER")
+        if built:
+            return Path(built)
+        source = HERE / "filters" / "indymilter"
+
+        def make(place: Path) -> None:
+            manifest = str(shutil.copytree(source, place / "source") / "Cargo.toml")
+            _run(
+                [
+                    "cargo",
+                    "build",
+                    "-q",
+                    "--release",
+                    "--manifest-path",
+                    manifest,
+                    "--target-dir",
+                    str(place / "target"),
+                ]
+            )
+
+        name = "indymilter_filter"
+        return self._once("rust-indymilter", _files(source), make) / "target" / "release" / name
+
     def _c_program(self, name: str, sources: list[Path], flags: list[str]) -> Path:
         compiler = shlex.split(os.environ.get("CC", "cc"))
 

@@ -17,7 +17,8 @@ The line goes to the logger ``milter.access``, at level INFO. It has the form ``
                was refused
 ``recipients`` those that were accepted
 ``refused``    those that the filter refused, each with its answer
-``verdict``    ``accept``, ``reject``, ``tempfail``, ``discard``, or ``abort``: given up by client or MTA
+``verdict``    what the filter decided: ``accept``, ``reject``, ``tempfail``, ``discard``; or ``abort``: the client
+               or the MTA gave up before. If the MTA is lost while it is told, only its own log knows
 ``stage``      where it was decided
 ``code``       of the reply of one's own, with ``enhanced`` and ``text``
 ``failed``     the handlers that raised

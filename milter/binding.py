@@ -238,7 +238,7 @@ def _read_file(file: int, offset: int, size: int) -> bytes:
     parts = []
     while size > 0:
         part = os.pread(file, size, offset)
-        if not part:
+        if not part:  # pragma: no cover (nobody else has this file, and it only grows)
             raise OSError(errno.EIO, "the temporary file of the message is shorter than what was written")
         parts.append(part)
         offset += len(part)
@@ -298,7 +298,8 @@ def _end_of_message(engine: Engine, call: SessionCall, event: Any, text: str) ->
 def _leave_changes(event: Any, changes: Sequence[Change]) -> None:
     """Tell the shim what to send once Python is left; the format is told in shim/changes.c."""
     packed = b"".join([_packed(change) for change in changes])
-    if len(packed) > event.changes_capacity and not lib.milter_reserve_changes(event, len(packed)):
+    has_room = len(packed) <= event.changes_capacity or lib.milter_reserve_changes(event, len(packed))
+    if not has_room:  # pragma: no cover (memory does not run out in tests)
         raise MemoryError("no memory for the changes of a message")
     ffi.memmove(event.changes, packed, len(packed))
     event.changes_size = len(packed)
@@ -309,7 +310,7 @@ def _packed(change: Change) -> bytes:
     if letter == "b":
         return b"b\0%d\0%b" % (len(arguments[0]), arguments[0])
     packed = b"\0".join((letter.encode("ascii"), *arguments, b""))
-    if packed.count(b"\0") != len(arguments) + 1:
+    if packed.count(b"\0") != len(arguments) + 1:  # pragma: no cover (milter.checks has refused it)
         raise ValueError(f"{change!r} has a NUL, where it would begin another change")
     return packed
 
@@ -344,7 +345,7 @@ def _encoded(answer: Answer, call: SessionCall) -> int:
     decision, owes, tracks, holds = answer
     number = _ANSWERED
     if isinstance(decision, Reply):
-        if not call.set_reply(decision):
+        if not call.set_reply(decision):  # pragma: no cover (a Reply is checked as libmilter does when it is made)
             log.error("libmilter refused the reply %r; the MTA sends its default text", decision)
         decision = decision.status
     if decision is not CONTINUE:
@@ -360,19 +361,29 @@ def _encoded(answer: Answer, call: SessionCall) -> int:
 
 # ---- Runs ------------------------------------------------------------------------------------
 
+_MARK = int(lib.MILTER_WANTED_MASK)
+_MARK_SHIFT = int(lib.MILTER_WANTED_SHIFT)
+MARKS = _MARK << _MARK_SHIFT
+
 
 class Run:
-    """One run of an engine, from its first connection to the closing of the gate."""
+    """One run of an engine, from its first connection to the closing of the gate.
+
+    A :class:`WantedRun` serves besides it, whatever else serves in this process.
+    """
+
+    _wanted_only = False
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._number = next(_numbers)
+        self._number = next(number for number in _numbers if number & _MARK)
         _engines[self._number] = engine
         plan, _keep_alive = _shim_plan(engine.plan, self._number)
+        plan.wanted_only = self._wanted_only
         if engine.ledger is not None and engine.ledger.open_connections is not None:
             plan.open_sessions = _place(engine.ledger.open_connections)
         self._run = lib.milter_begin(plan)
-        if not self._run:
+        if not self._run:  # pragma: no cover (memory does not run out in tests)
             raise MemoryError("no memory for a run of the filter")
         if engine.progress is not None:
             engine.progress.start()
@@ -400,6 +411,17 @@ class Run:
             self.engine.progress.stop()
         self.engine.close()
         _engines.pop(self._number, None)
+
+
+class WantedRun(Run):
+    """A run that serves only connections that want it, by `mark`; for tests of filters."""
+
+    _wanted_only = True
+
+    @property
+    def mark(self) -> int:
+        """Of whom wants this run: these of the bits `MARKS`, among the actions that it offers."""
+        return (self._number & _MARK) << _MARK_SHIFT
 
 
 _places: list[Any] = []

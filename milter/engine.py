@@ -143,6 +143,7 @@ class Engine:
         loop: runs coroutines.
         on_shutdown: is told the failure that shall stop the filter.
         ledger: takes notes, if somebody wants to know.
+        on_failure: is told each exception of a handler, for tests of the filter.
     """
 
     def __init__(
@@ -151,12 +152,14 @@ class Engine:
         loop: NoEventLoop,
         on_shutdown: Callable[[HandlerError], None],
         ledger: Ledger | None = None,
+        on_failure: Callable[[Handler, BaseException], None] | None = None,
     ) -> None:
         self.app = app
         self.ledger = ledger
         self.plan = make_plan(app, followed=ledger is not None)
         self._loop = loop
         self._on_shutdown = on_shutdown
+        self._on_failure = on_failure
         self.progress = self._progress()
         self.silent_since = self.progress.silent_since if self.progress is not None else None
         self._gathers = self.plan.gathers
@@ -475,6 +478,8 @@ class Engine:
         )
         if self.ledger is not None:
             self.ledger.raised(handler.name, stage, connection)
+        if self._on_failure is not None:
+            self._on_failure(handler, failure)
         if policy == "shutdown":
             error = HandlerError(f"{handler.name} failed in {handler.form.decorator}: {failure!r}")
             error.__cause__ = failure

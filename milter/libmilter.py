@@ -2,7 +2,8 @@
 """libmilter itself, of which a process has one: started once, it serves until the process ends.
 
 What a server asks of it: serve a listening socket, stop serving it. The trick with the sockets is
-explained in :mod:`milter.standins`.
+explained in :mod:`milter.standins`. Who tests a filter in this process asks for a connection, whether or not a server
+listens.
 
 Where its system calls are redirected (see shim/io.c), its log lines go to the logger ``milter.libmilter``;
 else they go to the system's log, facility mail.
@@ -18,7 +19,12 @@ from milter._shim import ffi, lib
 from milter.errors import MilterError
 from milter.log_pipe import LogPipe
 from milter.signals import wait_for_signal_thread
-from milter.standins import Placeholder, unreachable_listener
+from milter.standins import Placeholder, StageDoor, connect_to, unreachable_listener
+
+# For a process that tests filters, and serves none.
+_NAME = "milter"
+_TIMEOUT = 7210
+_PACKET = 65535
 
 
 class Libmilter:
@@ -33,6 +39,8 @@ class Libmilter:
         self._descriptor = -1
         self._asleep_at: list[socket.socket] = []
         self._behind: tuple[int, int] | None = None
+        self._listener: socket.socket | None = None  # of the filter that runs
+        self._stage_door: StageDoor | None = None
         self.ended, self._end = -1, -1
         self._log: LogPipe | None = None
 
@@ -74,20 +82,52 @@ class Libmilter:
         when it starts.
         """
         with self._lock:
-            if self._family is not None and self._process != os.getpid():
-                raise MilterError("libmilter was started before this process was forked: fork first, then start")
-            if self._family is not None and not self._listens():
-                raise MilterError("libmilter has ended in this process, and cannot be started again")
+            self._require_alive()
             if self._family is None:
                 self._start(listener, name, timeout, debug, max_data_size)
-            elif self._family != listener.family:
+            elif self._family != listener.family and not self.redirected:
                 raise MilterError(
                     f"libmilter serves one kind of socket in a process, and began with {_family(self._family)}: "
                     f"a filter on {_family(listener.family)} needs another process"
                 )
             else:
+                self._close_stage_door()
                 self._put(listener)
                 self._wake(listener)
+            self._listener = listener
+
+    def connect(self) -> socket.socket:
+        """A connection to libmilter in this process: where the filter listens, or, if none runs, by the stage door."""
+        with self._lock:
+            self._require_alive()
+            if self._listener is not None:
+                return connect_to(self._listener)
+            if self._stage_door is None:
+                self._open_stage_door()
+            assert self._stage_door is not None
+            return connect_to(self._stage_door.socket)
+
+    def _require_alive(self) -> None:
+        if self._family is not None and self._process != os.getpid():
+            raise MilterError("libmilter was started before this process was forked: fork first, then start")
+        if self._family is not None and not self._listens():
+            raise MilterError("libmilter has ended in this process, and cannot be started again")
+
+    def _open_stage_door(self) -> None:
+        door = StageDoor(socket.AF_UNIX if self._family is None or self.redirected else self._family)
+        if self._family is None:
+            self._start(door.socket, _NAME, _TIMEOUT, 0, _PACKET)
+        else:
+            self._put(door.socket)
+            self._wake(door.socket)
+        self._stage_door = door
+
+    def _close_stage_door(self) -> None:
+        """A filter begins to listen, and those who test others come by the same way from now on."""
+        if self._stage_door is not None:
+            self._stage_door.remove()
+            self._asleep_at.append(self._stage_door.socket)
+            self._stage_door = None
 
     def ended_well(self) -> bool:
         """Once `ended` can be read: did libmilter end because it took a signal? Else it gave up."""
@@ -99,6 +139,7 @@ class Libmilter:
         with self._lock:
             if not self._listens():
                 return
+            self._listener = None
             unreachable = unreachable_listener()
             self._put(unreachable)
             self._asleep_at = [unreachable, *([listener.dup()] if listener is not None else [])]
@@ -113,14 +154,15 @@ class Libmilter:
                 lib.smfi_setconn(specification.encode("ascii"))
                 if lib.smfi_opensocket(False) == 0:
                     break
-            else:
+            else:  # pragma: no cover (twenty random ports are not all in use)
                 raise MilterError("libmilter could not open a socket; the system's log (facility mail) tells why")
             self._descriptor = placeholder.find()
+        lib.milter_io_expect(listener.family)
         self._take_log()  # not before: that a port was in use is nobody's concern
         self._put(listener)
         self.ended, self._end = os.pipe()
         error = lib.milter_serve(self._end)
-        if error != 0:
+        if error != 0:  # pragma: no cover (threads do not run out in tests)
             raise MilterError(f"no thread for libmilter: {os.strerror(error)}")
         wait_for_signal_thread()
         self._family = listener.family
@@ -172,6 +214,9 @@ class Libmilter:
         """At the end of the process, which would complain of sockets that nobody has closed."""
         for replaced in self._asleep_at:
             replaced.close()
+        if self._stage_door is not None and self._process == os.getpid():
+            self._stage_door.remove()
+            self._stage_door.socket.close()
 
     def at_exit(self) -> None:
         """When no handler runs any more, and logging still works."""

@@ -12,7 +12,8 @@ record can look like another one::
 JSON is one object a line, in ASCII: ``time``, ``level``, ``logger``, ``pid``, ``message``, with a traceback
 ``exception``; and whatever a record brings in its dict ``record.milter``, as those of the access log do.
 
-To syslog goes the same, facility ``mail``, without what syslog says itself: time and level.
+To syslog goes the same, facility ``mail``, without what syslog says itself: time and level. And when standard error
+is systemd's journal, text has the form that the journal takes level and process from (sd-daemon(3)).
 """
 
 import json
@@ -30,7 +31,7 @@ from typing import Any, Literal
 from milter.errors import MilterError
 from milter.printable import printable
 
-__all__ = ["JsonFormatter", "SyslogFormatter", "TextFormatter", "configure"]
+__all__ = ["JournalFormatter", "JsonFormatter", "SyslogFormatter", "TextFormatter", "configure"]
 
 _DEEPEST = 8  # levels of a value in record.milter; it might contain itself
 
@@ -54,9 +55,8 @@ def configure(level: str | int = "info", format: Literal["text", "json"] = "text
     if format not in ("text", "json"):
         raise ValueError(f"a log is of the format text or json, not {format!r}")
     handler: logging.Handler = logging.StreamHandler(sys.stderr) if syslog is None else _syslog_handler(syslog)
-    text: type[logging.Formatter] = TextFormatter if syslog is None else SyslogFormatter
     if format == "text":
-        handler.setFormatter(text())
+        handler.setFormatter(_text_formatter(syslog))
     else:
         handler.setFormatter(JsonFormatter(prefix=_tag if syslog is not None else _nothing))
     root = logging.getLogger()
@@ -77,6 +77,21 @@ def _level(level: str | int) -> int:
     return number
 
 
+def _text_formatter(syslog: str | None) -> logging.Formatter:
+    if syslog is not None:
+        return SyslogFormatter()
+    return JournalFormatter() if _is_journal(2) else TextFormatter()
+
+
+def _is_journal(descriptor: int) -> bool:
+    """systemd says in a variable which file its journal is; a child may have got it, and write somewhere else."""
+    try:
+        file = os.fstat(descriptor)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{file.st_dev}:{file.st_ino}"
+
+
 # ---- Formats ---------------------------------------------------------------------------------
 
 
@@ -95,6 +110,21 @@ class SyslogFormatter(logging.Formatter):
         level = f"{record.levelname.lower()}: " if record.levelno != logging.INFO else ""
         traceback = _traceback(record)
         return _tag(record) + level + printable("\n".join(filter(None, [record.getMessage(), traceback])))
+
+
+class JournalFormatter(logging.Formatter):
+    """For systemd's journal, which knows time and process, and reads the level of each line from its beginning."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"<{_priority(record.levelno)}>"
+        first = f"{level}{record.name}: {printable(record.getMessage())}"
+        return "\n".join([first, *(f"{level}  {printable(line)}" for line in _traceback(record).splitlines())])
+
+
+def _priority(level: int) -> int:
+    """Of syslog(3)."""
+    priorities = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+    return next((priority for least, priority in priorities if level >= least), 7)
 
 
 def _tag(record: logging.LogRecord) -> str:

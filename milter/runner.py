@@ -12,7 +12,7 @@ import os
 import socket as sockets
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, Unpack
+from typing import Any, Unpack
 
 from milter import logs, metrics
 from milter.app import Milter
@@ -92,53 +92,41 @@ def _set_up_logging(options: RunOptions) -> None:
 
 
 def _supervise(get: Any, name: str, socket: str | None, options: RunOptions) -> int:
-    with _prepared(socket, options) as (listener, user), _metrics(options["metrics"], listener, user) as forget:
+    with _prepared(socket, options) as (listener, user), _metrics(options["metrics"], listener, user) as metrics_of:
         work = functools.partial(_work, get, listener, user, options)
-        return Supervisor(listener, options["workers"], work, forget, grace=options["grace"], name=name).run()
+        forget, companion = metrics_of
+        supervisor = Supervisor(
+            listener, options["workers"], work, forget, companion=companion, grace=options["grace"], name=name
+        )
+        return supervisor.run()
+
+
+Companion = Callable[[int], int]
 
 
 @contextlib.contextmanager
-def _metrics(address: str | None, listener: Listener, user: Identity | None) -> Iterator[Callable[[int], None]]:
-    """A process that answers Prometheus while this lasts. Gives what is to be called when a worker has ended."""
+def _metrics(
+    address: str | None, listener: Listener, user: Identity | None
+) -> Iterator[tuple[Callable[[int], None], Companion | None]]:
+    """What is to be called when a worker has ended, and what the process does that answers Prometheus."""
     if address is None:
-        yield lambda process: None
+        yield lambda process: None, None
         return
     with metrics.directory() as directory, metrics.listen(address) as endpoint:
         if user is not None:
             os.chown(directory.path, user.user, user.group)
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            _answer_prometheus(directory, endpoint, reader, (writer, listener.socket.fileno()), user)
-        os.close(reader)
-        endpoint.close()
-        try:
-            yield directory.forget
-        finally:
-            os.close(writer)
-            os.waitpid(child, 0)
+        yield directory.forget, functools.partial(_answer_prometheus, directory, endpoint, listener, user)
 
 
 def _answer_prometheus(
-    directory: metrics.Directory,
-    endpoint: sockets.socket,
-    lifeline: int,
-    strange: tuple[int, int],
-    user: Identity | None,
-) -> NoReturn:
-    """In the child. It closes what is its parent's: the other end of the pipe, and the filter's socket."""
-    code = 1
-    try:
-        for descriptor in strange:
-            os.close(descriptor)
-        if user is not None:
-            user.take_on()
-        directory.serve(endpoint, lifeline)
-        code = 0
-    except BaseException:
-        log.critical("metrics are not told any more", exc_info=True)
-    finally:
-        os._exit(code)
+    directory: metrics.Directory, endpoint: sockets.socket, listener: Listener, user: Identity | None, lifeline: int
+) -> int:
+    """In a process of its own, which has no use for the filter's socket."""
+    os.close(listener.socket.fileno())
+    if user is not None:
+        user.take_on()
+    directory.serve(endpoint, lifeline)
+    return 0
 
 
 def _work(get: Any, listener: Listener, user: Identity | None, options: RunOptions, control: sockets.socket) -> int:

@@ -78,6 +78,44 @@ def unreachable_listener() -> socket.socket:
     return listener
 
 
+class StageDoor:
+    """A listening socket by which only this process, and its user, come to libmilter while no filter listens."""
+
+    def __init__(self, family: int) -> None:
+        self._directory = _private_directory() if family == socket.AF_UNIX else None
+        self.socket = socket.socket(family)
+        self.socket.setblocking(False)
+        if self._directory is not None:
+            self.socket.bind(str(self._directory / "s"))
+        else:
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.socket.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
+        self.socket.listen()
+
+    def remove(self) -> None:
+        """Nobody finds it any more."""
+        if self._directory is not None:
+            (self._directory / "s").unlink(missing_ok=True)
+            self._directory.rmdir()
+
+
+def connect_to(listener: socket.socket) -> socket.socket:
+    """A connection to a listening socket of this process."""
+    address = listener.getsockname()
+    if listener.family != socket.AF_UNIX and address[0] in _EVERYWHERE:
+        address = (_EVERYWHERE[address[0]], *address[1:])
+    caller = socket.socket(listener.family)
+    try:
+        caller.connect(address)
+    except BaseException:
+        caller.close()
+        raise
+    return caller
+
+
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
 def _private_directory() -> Path:
     """For a socket's path, which may have 107 bytes at most."""
     directory = tempfile.mkdtemp(prefix="milter-")

@@ -65,12 +65,61 @@ class _Worker:
     """When it is killed: never, once it is ready, until it is told to end."""
 
 
+class _Companion:
+    """A process beside the workers. It ends when nobody holds the writing end of its pipe any more."""
+
+    def __init__(self, work: Callable[[int], int]) -> None:
+        self._work = work
+        self._reader, self._writer = os.pipe()
+        self._pid: int | None = None
+        self._born = 0.0
+        self._deaths = 0
+        self._fate: str | None = None
+        """What became of the last one."""
+
+    def is_missing(self) -> bool:
+        """Is it to be forked? No more, when it has ended at once too often."""
+        if self._pid is None:
+            return not self._is_hopeless()
+        ended, status = os.waitpid(self._pid, os.WNOHANG)
+        if not ended:
+            return False
+        self._deaths = self._deaths + 1 if time.monotonic() - self._born < _SETTLED else 1
+        self._fate = f"the process beside the workers, {self._pid}, {_how(os.waitstatus_to_exitcode(status))}"
+        self._pid = None
+        if self._is_hopeless():
+            log.error("%s; it is not started again", self._fate)
+        return not self._is_hopeless()
+
+    def _is_hopeless(self) -> bool:
+        return self._deaths >= _HOPELESS
+
+    def be(self) -> int:
+        """In the child."""
+        os.close(self._writer)
+        return self._work(self._reader)
+
+    def begin(self, pid: int) -> None:
+        self._pid, self._born = pid, time.monotonic()
+        if self._fate is not None:
+            log.error("%s; its place is taken", self._fate)
+
+    def end(self) -> None:
+        """All workers have ended: wait for it."""
+        os.close(self._writer)
+        if self._pid is not None:
+            os.waitpid(self._pid, 0)
+        os.close(self._reader)
+
+
 class Supervisor:
     """Serves one socket with `count` workers, until a signal ends it.
 
     Arguments:
         work: what a child does: with its end of the socket pair; returns its exit code.
         forget: is called with the number of a worker that has ended.
+        companion: what one more process does, which is forked first and replaced when it dies: with the reading end of
+            a pipe that shows when all others have ended, and it shall; returns its exit code.
         grace: seconds in which a worker drains.
         name: of the filter, for the log.
     """
@@ -82,6 +131,7 @@ class Supervisor:
         work: Callable[[socket.socket], int],
         forget: Callable[[int], None],
         *,
+        companion: Callable[[int], int] | None,
         grace: float,
         name: str,
     ) -> None:
@@ -89,6 +139,7 @@ class Supervisor:
         self._count = count
         self._work = work
         self._forget = forget
+        self._companion = _Companion(companion) if companion is not None else None
         self._grace = grace
         self._name = name
         self._workers: dict[int, _Worker] = {}
@@ -109,12 +160,15 @@ class Supervisor:
         """Until a signal ends it; the exit code. Only in the main thread of a process with no other one."""
         with self._listening_to_signals():
             try:
+                self._accompany()
                 self._fill(self._generation)
                 while self._workers or not self._stopping:
                     self._look()
                     self._tend()
             finally:
                 self._kill(self._workers.values())
+                if self._companion is not None:
+                    self._companion.end()
         return self._exit_code
 
     # ---- Events
@@ -184,6 +238,7 @@ class Supervisor:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 self._bury(self._workers.pop(pid), os.waitstatus_to_exitcode(status))
+        self._accompany()
         if self._stopping:
             return
         if self._next is not None and not self._missing(self._next) and self._all_ready(self._next):
@@ -208,23 +263,42 @@ class Supervisor:
     def _fill(self, generation: int) -> None:
         if time.monotonic() >= self._not_before:
             for _ in range(self._missing(generation)):
-                self._fork(generation)
+                try:
+                    self._fork(generation)
+                except OSError as failure:  # too many processes, or descriptors; it may be better later
+                    log.error("a worker cannot be started: %s", failure.strerror)
+                    self._go_on_without(generation)
+                    return
 
     def _fork(self, generation: int) -> None:
+        """Raises `OSError` when the system has no process or descriptor for it."""
         ours, theirs = socket.socketpair()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            pid = os.fork()
-            if pid == 0:
-                self._be_worker(ours, theirs, mask)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
+
+        def be_worker() -> int:
+            ours.close()
+            return self._work(theirs)
+
+        with contextlib.closing(theirs):
+            try:
+                pid = self._fork_child(be_worker)
+            except OSError:
+                ours.close()
+                raise
         worker = _Worker(pid, ours, generation)
         self._workers[pid] = worker
         self._selector.register(ours, selectors.EVENT_READ, worker)
 
-    def _be_worker(self, ours: socket.socket, theirs: socket.socket, mask: Iterable[int]) -> None:
+    def _fork_child(self, work: Callable[[], int]) -> int:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._be_child(work, mask)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return pid
+
+    def _be_child(self, work: Callable[[], int], mask: Iterable[int]) -> None:
         """In the child: never returns."""
         code = EXIT_FAILED
         try:
@@ -232,16 +306,24 @@ class Supervisor:
             for number in _SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             self._selector.close()
-            for end in (ours, self._signal_reader, self._signal_writer):
+            for end in (self._signal_reader, self._signal_writer):
                 end.close()
             for worker in self._workers.values():
                 worker.control.close()
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            code = self._work(theirs)
+            code = work()
         except BaseException:
-            log.critical("a worker failed", exc_info=True)
+            log.critical("a process of %s failed", self._name, exc_info=True)
         finally:
             os._exit(code)
+
+    def _accompany(self) -> None:
+        """There is a companion, if there shall be one."""
+        if self._companion is not None and self._companion.is_missing():
+            try:
+                self._companion.begin(self._fork_child(self._companion.be))
+            except OSError as failure:  # it is tried again with the next event
+                log.error("the process beside the workers cannot be started: %s", failure.strerror)
 
     def _bury(self, worker: _Worker, code: int) -> None:
         with contextlib.suppress(KeyError, ValueError):
@@ -262,7 +344,11 @@ class Supervisor:
     def _note_failed_start(self, worker: _Worker, code: int) -> None:
         if not worker.ready:
             log.error("worker %d %s before it could serve", worker.pid, _how(code))
-        if worker.generation == self._next:
+        self._go_on_without(worker.generation)
+
+    def _go_on_without(self, generation: int) -> None:
+        """A worker of this generation could not start."""
+        if generation == self._next:
             self._give_up_reload()
             return
         if not self._served:

@@ -6,7 +6,8 @@
 #
 # Makes .venv-test in the project directory, and milter/_shim*.so. PYTHON names the interpreter [python3].
 # Temporary files of the tests are removed afterwards; "KEEP=yes sh scripts/test.sh" leaves them.
-# The tests inside Postfix need root; without it they are skipped, or, where CI is set, fail.
+# Sendmail, which would replace Postfix if it was installed, is unpacked below .mta in the project directory.
+# The tests inside Postfix and Sendmail need root; without it they are skipped, or, where CI is set, fail.
 
 set -eu
 CDPATH='' cd -- "$(dirname -- "$0")/.."
@@ -42,6 +43,7 @@ begin
 # Without libsasl2-modules Postfix knows no way to log in, which a test does.
 install_packages miltertest libsasl2-modules
 install_postfix
+unpack_sendmail
 use_venv .venv-test
 
 build shared

@@ -10,6 +10,9 @@ import pytest
 from milter import Milter, Server
 from milter.testing import Client, EndOfMessage
 
+# By its entry point, where the package is installed.
+pytest_plugins = ["pytest_milter"]
+
 Serve: TypeAlias = Callable[..., "Peer"]
 
 

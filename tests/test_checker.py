@@ -2,7 +2,9 @@
 """The command ``milter check``: exit codes, and what it shows, against a milter that follows a script."""
 
 import argparse
+import errno
 import io
+import os
 import socket
 import sys
 import threading
@@ -88,7 +90,10 @@ def test_changes_and_delivery_are_shown_and_nothing_reaches_the_terminal_raw(
     file = tmp_path / "mail.eml"
     file.write_bytes(b"Subject: \xff\x1b[31m\n\tfold\n\nbody \x07\n")
     end = packets((b"p", b""), (b"h", b"X-New\0v\x1b\0"), (b"-", b"<a@x>\0"), (b"q", b"held\0"), (b"c", b""))
-    assert check({b"E": end}, str(file), "--to", "a@x", "--to", "b@x", "--client", "h.example[2001:db8::1]") == 0
+    assert (
+        check({b"E": end}, str(file), "--to", "a@x", "--to", "b@x", "--client", "h.example[2001:db8::1]", "--delivered")
+        == 0
+    )
     output = capsys.readouterr().out
     assert "connect   h.example [2001:db8::1]" in output
     assert "verdict   accepted, but quarantined: held\nreply     250 2.0.0 Ok\n" in output
@@ -113,12 +118,75 @@ def test_changes_that_postfix_refuses_defer_the_message(check: Check, capsys: py
     assert "reply     451 4.3.5 " in capsys.readouterr().out
 
 
+def test_each_kind_of_change_is_named(check: Check, capsys: pytest.CaptureFixture[str]) -> None:
+    end = packets(
+        (b"i", b"\0\0\0\1X-In\0a\0"),
+        (b"m", b"\0\0\0\1Subject\0\0"),
+        (b"m", b"\0\0\0\2X-Other\0b\0"),
+        (b"e", b"<new@x>\0RET=HDRS\0"),
+        (b"e", b"<newer@x>\0"),
+        (b"2", b"<eve@x>\0NOTIFY=NEVER\0"),
+        (b"p", b""),
+        (b"b", b"one\r\n"),
+        (b"b", b"two\r\n"),
+        (b"c", b""),
+    )
+    assert check({b"E": end}) == 0
+    assert capsys.readouterr().out.partition("changes   ")[2].partition("\n\n")[0].splitlines() == [
+        "insert header at 1, X-In: a",
+        "          delete header Subject, number 1",
+        "          replace header X-Other, number 2: b",
+        "          replace sender <new@x> RET=HDRS",
+        "          replace sender <newer@x>",
+        "          add recipient <eve@x> NOTIFY=NEVER",
+        "          replace the body: 10 bytes",
+        "          (progress reported: 1)",
+    ]
+
+
+def test_a_message_whose_recipients_are_all_removed_is_not_delivered(
+    check: Check, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end = packets((b"-", b"<bob@mta.example>\0"), (b"c", b""))
+    assert check({b"E": end}, "--delivered") == 0
+    assert capsys.readouterr().out.endswith("\n\nnothing is delivered: no recipient is left\n")
+
+
+def test_nothing_is_delivered_of_a_message_that_is_refused(check: Check, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check({b"E": packets((b"r", b""))}, "--delivered") == 1
+    assert capsys.readouterr().out.endswith("reply     550 5.7.1 Command rejected\n")
+
+
+def test_a_long_argument_is_shown_in_part(check: Check, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "mail.eml"
+    file.write_bytes(b"Subject: " + b"x" * 100 + b"\n\n")
+    assert check({}, str(file)) == 0
+    assert f"header    Subject: {'x' * 48}... continue\n" in capsys.readouterr().out
+
+
+def test_a_directory_that_cannot_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "mail.eml").write_bytes(b"Subject: x\n\n")
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:  # root can read any directory, and tests may run as root
+        if path.endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert command("unix:/none", str(tmp_path)) == 2
+    assert capsys.readouterr().err == f"milter check: {tmp_path}/locked cannot be read: Permission denied\n"
+
+
 def test_a_message_comes_from_standard_input(
     check: Check, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"X-In: 1\n\n")))
     assert check({}, "-") == 0
-    assert "X-In: 1\n" in capsys.readouterr().out
+    assert "X-In: 1" in capsys.readouterr().out
 
 
 def test_a_milter_that_hangs_up_is_one_line_below_what_it_answered(
@@ -138,7 +206,22 @@ def test_nobody_there_or_no_message_is_one_line(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err.count("milter check: ") == 3
 
 
-@pytest.mark.parametrize("wrong", [["--client", "client.example"], ["--timeout", "0"], ["--timeout", "x"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--client", "client.example"],
+        ["--timeout", "0"],
+        ["--timeout", "x"],
+        ["--macro", "auth_authen"],
+        ["--macro", "nowhere:i=1"],
+        ["--mail-param", "SIZE=1 2"],
+        ["--rcpt-param", "=NEVER"],
+        ["--repeat", "0"],
+        ["--connections", "x"],
+        ["--offer", "v3"],
+        ["--json", "--brief"],
+    ],
+)
 def test_a_bad_argument_is_refused_before_anything_is_sent(wrong: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         command("unix:/none", *wrong)

@@ -474,6 +474,14 @@ def test_a_milters_list_of_macros_replaces_the_usual_one_unless_it_is_empty(play
     assert milter.macros(b"E") == [{"{nrcpts}": "1", "{msg_id}": "<1@x>", "{auth_authen}": "ann"}]
 
 
+def test_a_stage_without_macros_of_its_own_has_no_packet_for_them(play: Play) -> None:
+    client, milter = play()
+    session = Session(unasked={Command.MAIL: "i"}, stage_macros={Command.DATA: {"{late}": "1"}})
+    client.send_message(ENVELOPE, MESSAGE, session)
+    assert milter.macros(b"C") == []
+    assert sent(client, milter).macros(b"T") == [{"{late}": "1"}]
+
+
 def test_macros_are_sent_for_declined_stages_except_those_of_the_content(play: Play) -> None:
     client, milter = play(steps=0x37F)
     client.send_message(ENVELOPE, MESSAGE)
@@ -645,3 +653,10 @@ def test_finishing_never_fails_even_if_the_milter_went_first(play: Play) -> None
     milter.join()
     client.finish()
     assert transcript.outcome is Outcome.ACCEPTED
+
+
+def test_a_connection_on_which_nothing_was_said_can_be_finished(play: Play) -> None:
+    client, milter = play()
+    client.negotiate()
+    client.finish()
+    assert sent(client, milter).letters == "OQ"

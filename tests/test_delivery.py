@@ -4,7 +4,7 @@
 import pytest
 
 from milter.testing.delivery import (
-    MTA,
+    DeliveryModel,
     Envelope,
     Header,
     Mailbox,
@@ -42,7 +42,7 @@ ORIGINAL = ["From", "To", "Date", "Message-ID", "Subject", "X-Dup:1", "X-Other",
 BOTH = pytest.mark.parametrize("mta", [Postfix(), Sendmail()], ids=lambda mta: mta.name)
 
 
-def layout(mta: MTA, *events: Event) -> list[str]:
+def layout(mta: DeliveryModel, *events: Event) -> list[str]:
     """The delivered headers: names, R for the MTA's own Received, values where they tell fields apart."""
     delivery = mta.deliver(ENVELOPE, MESSAGE, events)
     return ["R" if header is delivery.trace else label(header) for header in delivery.message.headers]
@@ -53,11 +53,11 @@ def label(header: Header) -> str:
     return header.name if header.value in known else f"{header.name}:{header.value}"
 
 
-def recipients(mta: MTA, *events: Event) -> list[str]:
+def recipients(mta: DeliveryModel, *events: Event) -> list[str]:
     return [str(mailbox) for mailbox in mta.deliver(ENVELOPE, MESSAGE, events).envelope.recipients]
 
 
-def body(mta: MTA, *chunks: bytes) -> bytes:
+def body(mta: DeliveryModel, *chunks: bytes) -> bytes:
     return mta.deliver(ENVELOPE, MESSAGE, [ReplaceBody(chunk) for chunk in chunks]).message.body
 
 
@@ -111,7 +111,7 @@ def test_addresses_lose_brackets_names_and_nothing_else() -> None:
 
 
 @BOTH
-def test_without_changes_the_message_goes_on_below_the_trace(mta: MTA) -> None:
+def test_without_changes_the_message_goes_on_below_the_trace(mta: DeliveryModel) -> None:
     delivery = mta.deliver(ENVELOPE, MESSAGE)
     assert layout(mta) == ["R", *ORIGINAL]
     assert delivery.without_trace() == MESSAGE
@@ -120,7 +120,7 @@ def test_without_changes_the_message_goes_on_below_the_trace(mta: MTA) -> None:
 
 
 @BOTH
-def test_new_fields_are_added_at_the_end(mta: MTA) -> None:
+def test_new_fields_are_added_at_the_end(mta: DeliveryModel) -> None:
     events = [AddHeader(f"X-{number}", "v") for number in range(100)]
     assert layout(mta, *events) == ["R", *ORIGINAL, *(f"X-{number}:v" for number in range(100))]
 
@@ -142,7 +142,9 @@ def test_postfix_adds_a_known_name_at_the_end_sendmail_above_the_first_of_it() -
         ((1, 2, 3), ["R", "X-a:v", "X-b:v", "X-c:v", "From"]),
     ],
 )
-def test_both_insert_alike_above_and_below_the_trace(mta: MTA, indexes: tuple[int, ...], first: list[str]) -> None:
+def test_both_insert_alike_above_and_below_the_trace(
+    mta: DeliveryModel, indexes: tuple[int, ...], first: list[str]
+) -> None:
     events = [InsertHeader(index, f"X-{name}", "v") for index, name in zip(indexes, "abc", strict=False)]
     assert layout(mta, *events)[: len(first)] == first
 
@@ -160,13 +162,13 @@ def test_both_insert_alike_above_and_below_the_trace(mta: MTA, indexes: tuple[in
     ],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_each_counts_positions_its_own_way(mta: MTA, index: int, above: str) -> None:
+def test_each_counts_positions_its_own_way(mta: DeliveryModel, index: int, above: str) -> None:
     fields = layout(mta, InsertHeader(index, "X-New", "v"))
     assert fields[fields.index("X-New:v") + 1] == above
 
 
 @pytest.mark.parametrize(("mta", "index"), [(Postfix(), 100), (Postfix(), 0xFFFFFFFF), (Sendmail(), 100)])
-def test_a_position_beyond_the_last_field_is_the_end(mta: MTA, index: int) -> None:
+def test_a_position_beyond_the_last_field_is_the_end(mta: DeliveryModel, index: int) -> None:
     assert layout(mta, InsertHeader(index, "X-New", "v"))[-1] == "X-New:v"
 
 
@@ -197,7 +199,7 @@ def test_a_changed_field_stays_in_its_place_and_only_postfix_takes_the_new_spell
 
 
 @BOTH
-def test_fields_of_one_name_are_counted_whatever_their_spelling(mta: MTA) -> None:
+def test_fields_of_one_name_are_counted_whatever_their_spelling(mta: DeliveryModel) -> None:
     assert layout(mta, ReplaceHeader(2, "X-Dup", "new"))[8] == "X-Dup:new"
 
 
@@ -209,7 +211,7 @@ def test_a_change_beyond_the_last_is_a_new_field() -> None:
 
 @BOTH
 @pytest.mark.parametrize("index", [1, 2])
-def test_a_change_of_a_field_that_is_not_there_adds_it_at_the_end(mta: MTA, index: int) -> None:
+def test_a_change_of_a_field_that_is_not_there_adds_it_at_the_end(mta: DeliveryModel, index: int) -> None:
     assert layout(mta, ReplaceHeader(index, "X-None", "new")) == ["R", *ORIGINAL, "X-None:new"]
 
 
@@ -232,7 +234,9 @@ def test_the_highest_index_is_the_end_for_postfix_and_the_first_field_for_sendma
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_numbers_move_up_after_a_deletion_in_postfix_only(mta: MTA, indexes: tuple[int, ...], left: list[str]) -> None:
+def test_numbers_move_up_after_a_deletion_in_postfix_only(
+    mta: DeliveryModel, indexes: tuple[int, ...], left: list[str]
+) -> None:
     events = [ReplaceHeader(index, "X-Dup", "") for index in indexes]
     assert [name for name in layout(mta, *events) if name.lower().startswith("x-dup")] == left
 
@@ -250,13 +254,13 @@ def test_a_field_deleted_and_added_is_at_the_end_in_postfix_and_in_its_place_in_
 
 
 @BOTH
-def test_deleting_what_is_not_there_does_nothing(mta: MTA) -> None:
+def test_deleting_what_is_not_there_does_nothing(mta: DeliveryModel) -> None:
     events = [ReplaceHeader(1, "X-None", ""), ReplaceHeader(4, "X-Dup", ""), ReplaceHeader(1, "Received", "")]
     assert layout(mta, *events) == ["R", *ORIGINAL]
 
 
 @BOTH
-def test_what_was_just_added_can_be_changed_and_deleted(mta: MTA) -> None:
+def test_what_was_just_added_can_be_changed_and_deleted(mta: DeliveryModel) -> None:
     added = AddHeader("X-New", "v")
     assert layout(mta, added, ReplaceHeader(1, "X-New", "w")) == ["R", *ORIGINAL, "X-New:w"]
     assert layout(mta, added, ReplaceHeader(1, "X-New", "")) == ["R", *ORIGINAL]
@@ -276,7 +280,7 @@ def test_sendmail_prints_a_field_of_its_configuration_once_a_milter_adds_it() ->
 
 
 @BOTH
-def test_a_space_is_put_before_the_value_unless_leading_space_was_negotiated(mta: MTA) -> None:
+def test_a_space_is_put_before_the_value_unless_leading_space_was_negotiated(mta: DeliveryModel) -> None:
     event = AddHeader("X-New", " v")
     assert mta.deliver(ENVELOPE, MESSAGE, [event]).message.headers[-1].raw == "X-New:  v"
     exact = type(mta)(Steps.LEADING_SPACE)
@@ -294,7 +298,7 @@ def test_a_space_is_put_before_the_value_unless_leading_space_was_negotiated(mta
         ("\udcff", b"\xff"),
     ],
 )
-def test_no_value_leaves_its_field(mta: MTA, value: str, written: bytes) -> None:
+def test_no_value_leaves_its_field(mta: DeliveryModel, value: str, written: bytes) -> None:
     delivered = mta.deliver(ENVELOPE, MESSAGE, [AddHeader("X-New", value)]).message.as_bytes()
     due = written.replace(b"F", mta.fold.encode())
     assert b"\r\nX-New: " + due + b"\r\n\r\nHello.\r\n" in delivered
@@ -305,7 +309,7 @@ def test_no_value_leaves_its_field(mta: MTA, value: str, written: bytes) -> None
 
 @BOTH
 @pytest.mark.parametrize("sender", ["new@client.example", "<new@client.example>"])
-def test_the_last_new_sender_wins_with_or_without_brackets(mta: MTA, sender: str) -> None:
+def test_the_last_new_sender_wins_with_or_without_brackets(mta: DeliveryModel, sender: str) -> None:
     events = [ReplaceSender("<>"), ReplaceSender(sender)]
     delivered = mta.deliver(ENVELOPE, MESSAGE, events).envelope.sender
     assert delivered == Mailbox("new@client.example", ("ENVID=old", "SIZE=100"))
@@ -322,14 +326,14 @@ def test_the_last_new_sender_wins_with_or_without_brackets(mta: MTA, sender: str
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_parameters_of_a_new_sender(mta: MTA, params: str, left: tuple[str, ...]) -> None:
+def test_parameters_of_a_new_sender(mta: DeliveryModel, params: str, left: tuple[str, ...]) -> None:
     event = ReplaceSender("<new@client.example>", params)
     assert mta.deliver(ENVELOPE, MESSAGE, [event]).envelope.sender.params == left
 
 
 @BOTH
 @pytest.mark.parametrize("new", ["new@mta.example", "<new@mta.example>", "New <new@mta.example>"])
-def test_a_recipient_is_added_once_in_any_form(mta: MTA, new: str) -> None:
+def test_a_recipient_is_added_once_in_any_form(mta: DeliveryModel, new: str) -> None:
     old = ["<bob@mta.example>", "<eve@mta.example>"]
     assert recipients(mta, AddRecipient(new), AddRecipient(new)) == [*old, "<new@mta.example>"]
 
@@ -347,7 +351,7 @@ def test_of_two_addresses_in_one_postfix_adds_the_first_and_sendmail_both() -> N
 
 
 @BOTH
-def test_notify_and_orcpt_go_with_a_new_recipient(mta: MTA) -> None:
+def test_notify_and_orcpt_go_with_a_new_recipient(mta: DeliveryModel) -> None:
     event = AddRecipient("<new@mta.example>", "NOTIFY=NEVER ORCPT=rfc822;x")
     assert recipients(mta, event)[2:] == ["<new@mta.example> NOTIFY=NEVER ORCPT=rfc822;x"]
 
@@ -359,7 +363,7 @@ def test_an_unknown_parameter_is_dropped_by_postfix_and_drops_the_recipient_in_s
 
 
 @BOTH
-def test_a_recipient_is_removed_with_or_without_brackets_but_in_the_same_case(mta: MTA) -> None:
+def test_a_recipient_is_removed_with_or_without_brackets_but_in_the_same_case(mta: DeliveryModel) -> None:
     assert recipients(mta, RemoveRecipient("bob@mta.example")) == ["<eve@mta.example>"]
     assert recipients(mta, RemoveRecipient("<bob@mta.example>")) == ["<eve@mta.example>"]
     assert len(recipients(mta, RemoveRecipient("<BOB@mta.example>"))) == 2
@@ -367,14 +371,14 @@ def test_a_recipient_is_removed_with_or_without_brackets_but_in_the_same_case(mt
 
 
 @BOTH
-def test_a_recipient_named_twice_is_removed_altogether(mta: MTA) -> None:
+def test_a_recipient_named_twice_is_removed_altogether(mta: DeliveryModel) -> None:
     envelope = Envelope.of("ann@client.example", "bob@mta.example", "bob@mta.example")
     delivery = mta.deliver(envelope, MESSAGE, [RemoveRecipient("bob@mta.example")])
     assert delivery.envelope.recipients == ()
 
 
 @BOTH
-def test_the_last_of_adding_and_removing_a_recipient_counts(mta: MTA) -> None:
+def test_the_last_of_adding_and_removing_a_recipient_counts(mta: DeliveryModel) -> None:
     add, remove = AddRecipient("new@mta.example"), RemoveRecipient("new@mta.example")
     assert "<new@mta.example>" not in recipients(mta, add, remove)
     assert recipients(mta, add, remove, add).count("<new@mta.example>") == 1
@@ -386,7 +390,7 @@ def test_the_last_of_adding_and_removing_a_recipient_counts(mta: MTA) -> None:
 
 
 @BOTH
-def test_a_new_body_is_its_pieces_joined_with_crlf_line_ends(mta: MTA) -> None:
+def test_a_new_body_is_its_pieces_joined_with_crlf_line_ends(mta: DeliveryModel) -> None:
     assert body(mta, b"one\ntw", b"o\r", b"\n.\r\n\0\xffx\ry") == b"one\r\ntwo\r\n.\r\n\0\xffx\ry\r\n"
     assert body(mta, b"") == b""
     assert body(mta) == b"Hello.\r\n"
@@ -411,7 +415,7 @@ def test_a_change_of_a_field_without_a_name_is_refused_by_postfix_and_ignored_by
 
 
 @BOTH
-def test_the_last_reason_for_quarantine_counts(mta: MTA) -> None:
+def test_the_last_reason_for_quarantine_counts(mta: DeliveryModel) -> None:
     assert mta.deliver(ENVELOPE, MESSAGE, [Quarantine("one"), Quarantine("two")]).quarantine == "two"
 
 
@@ -484,6 +488,6 @@ def test_the_words_of_a_milter_reach_the_client(stage: Command, sent: str, postf
 
 
 @BOTH
-def test_there_is_no_reply_to_what_is_no_refusal(mta: MTA) -> None:
+def test_there_is_no_reply_to_what_is_no_refusal(mta: DeliveryModel) -> None:
     with pytest.raises(ValueError, match="no refusal"):
         mta.reply(Command.DATA, Answer(Verdict.ACCEPT))

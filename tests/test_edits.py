@@ -19,10 +19,10 @@ from milter.envelope import Address
 from milter.message import MemoryContent, Message, freeze
 from milter.protocol import Actions
 from milter.testing import delivery
-from milter.testing.delivery import MTA, Envelope, Header, Mailbox, Postfix, Sendmail
+from milter.testing.delivery import DeliveryModel, Envelope, Header, Mailbox, Postfix, Sendmail
 from milter.testing.wire import Event, Packet, Steps, join_strings, read_event
 
-NUMBERING: dict[type[MTA], Callable[[], Numbering]] = {
+NUMBERING: dict[type[DeliveryModel], Callable[[], Numbering]] = {
     Postfix: lambda: Numbering.POSTFIX,
     Sendmail: lambda: Numbering.SENDMAIL,
 }
@@ -74,11 +74,13 @@ def event(change: Change) -> Event:
     return result
 
 
-def delivered(mta: MTA, sent: delivery.Message, envelope: Envelope, sending: Iterable[Change]) -> delivery.Delivery:
+def delivered(
+    mta: DeliveryModel, sent: delivery.Message, envelope: Envelope, sending: Iterable[Change]
+) -> delivery.Delivery:
     return mta.deliver(envelope, sent, [event(change) for change in sending])
 
 
-def mtas(wire: Wire) -> list[MTA]:
+def mtas(wire: Wire) -> list[DeliveryModel]:
     steps = Steps.LEADING_SPACE if wire.space else 0
     return [Postfix(steps), Sendmail(steps)]
 

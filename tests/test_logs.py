@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from milter import Milter, MilterError, Status, logs
-from milter.logs import JsonFormatter, SyslogFormatter, TextFormatter, configure
+from milter.logs import JournalFormatter, JsonFormatter, SyslogFormatter, TextFormatter, configure
 from tests.conftest import Serve, send_message
 
 log = logging.getLogger("milter.test")
@@ -96,6 +96,42 @@ def test_a_level_or_format_that_does_not_exist_is_refused(level: str, format: An
     with pytest.raises(ValueError, match=r"loud|xml"):
         configure(level, format)
     assert logging.getLogger().handlers == before
+
+
+# ---- The journal ---------------------------------------------------------------------------
+
+
+def journal(monkeypatch: pytest.MonkeyPatch, inode: int = 0) -> None:
+    file = os.fstat(2)
+    monkeypatch.setenv("JOURNAL_STREAM", f"{file.st_dev}:{file.st_ino + inode}")
+
+
+@pytest.mark.parametrize(
+    ("level", "priority"),
+    [("debug", 7), ("info", 6), ("warning", 4), ("error", 3), ("critical", 2)],
+)
+def test_the_journal_gets_the_level_as_systemd_wants_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], level: str, priority: int
+) -> None:
+    journal(monkeypatch)
+    configure("debug")
+    getattr(log, level)("number %d\n<0>forged", 7)
+    assert capfd.readouterr().err == f"<{priority}>milter.test: number 7\\n<0>forged\n"
+
+
+def test_the_journal_gets_the_level_with_each_line_of_a_traceback() -> None:
+    lines = JournalFormatter().format(record("one", failed=True)).split("\n")
+    assert lines[:2] == ["<6>milter.test: one", "<6>  Traceback (most recent call last):"]
+    assert all(line.startswith("<6>  ") for line in lines[1:])
+
+
+def test_standard_error_that_is_no_journal_has_the_usual_form(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    journal(monkeypatch, inode=1)
+    configure()
+    log.info("here")
+    assert re.match(TIME, capfd.readouterr().err)
 
 
 # ---- JSON ------------------------------------------------------------------------------------

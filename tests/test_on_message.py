@@ -13,11 +13,11 @@ import pytest
 
 from milter import Actions, Context, ContextError, EomContext, Message, Milter, Reply, Status
 from milter.testing import (
-    MTA,
     AddHeader,
     Client,
     Command,
     Delivery,
+    DeliveryModel,
     Envelope,
     Postfix,
     Sendmail,
@@ -340,7 +340,7 @@ def test_a_thread_that_reads_for_ever_gets_the_message_or_an_exception(serve: Se
 # ---- Editing
 
 
-def deliver(serve: Serve, app: Milter[Any, Any], data: bytes, mta: type[MTA]) -> Delivery:
+def deliver(serve: Serve, app: Milter[Any, Any], data: bytes, mta: type[DeliveryModel]) -> Delivery:
     client = serve(app).client()
     version = "Postfix 3.7.11" if mta is Postfix else "8.17.1.9"
     transcript = client.send_message(ENVELOPE, Mail.parse(data), Session(macros={"v": version}))
@@ -351,7 +351,7 @@ MTAS = pytest.mark.parametrize("mta", [Postfix, Sendmail])
 
 
 @MTAS
-def test_edits_become_changes(serve: Serve, mta: type[MTA]) -> None:
+def test_edits_become_changes(serve: Serve, mta: type[DeliveryModel]) -> None:
     app = Milter("test")
 
     @app.on_message

@@ -7,15 +7,19 @@ import threading
 from pathlib import Path
 
 from milter import Milter
-from milter.testing import AddHeader, Envelope, Message, Postfix, Verdict
+from milter.testing import AddHeader, Envelope, Message, Postfix, Result, Verdict
 from tests.conftest import Serve, begin_message, send_content
 
 README = Path(__file__).parent.parent / "README.md"
 
 
+def source_of(number: int) -> str:
+    sources: list[str] = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    return sources[number]
+
+
 def program(number: int, scanner: str = "") -> Milter:
-    source = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[number]
-    source = source.replace("/run/scanner.sock", scanner)
+    source = source_of(number).replace("/run/scanner.sock", scanner)
     names: dict[str, object] = {"__name__": "readme"}
     exec(source, names)
     app = names["app"]
@@ -61,3 +65,10 @@ def test_the_third_program_asks_a_scanner(serve: Serve, tmp_path: Path) -> None:
             verdicts.append(send_content(client, body).answer.verdict)
         scanner.shutdown()
     assert verdicts == [Verdict.CONTINUE, Verdict.REJECT]
+
+
+def test_the_test_of_the_first_program_passes() -> None:
+    names: dict[str, object] = {"app": program(0)}
+    exec(source_of(3), names)
+    assert isinstance(names["result"], Result)
+    assert names["result"].rejected

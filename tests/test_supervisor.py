@@ -5,8 +5,10 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import socket
+import tempfile
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +18,8 @@ from typing import Any
 import pytest
 
 from milter import MilterError
+from milter.loading import load
+from milter.supervisor import _how
 from milter.testing import AddHeader, Client, Verdict, WireError
 from tests.conftest import begin_message, send_content, send_message
 from tests.filter_process import PATIENCE, FilterProcess
@@ -103,6 +107,9 @@ class Running(FilterProcess):
     def starts(self, count: int) -> None:
         """Wait until so many workers have begun to listen."""
         self.log.wait_for_count(" is listening on ", count)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for child processes in /proc")
 
 
 @pytest.fixture
@@ -425,22 +432,26 @@ def test_the_pidfile_has_the_supervisors_number_and_goes(run: Any, tmp_path: Pat
     assert not (tmp_path / "pid").exists()
 
 
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that other users can read. pytest's own ones are closed to them, again with each run that starts."""
+    with tempfile.TemporaryDirectory(prefix="milter-") as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_privileges_are_dropped_for_good_before_code_of_the_filter_runs(tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents:
-        if parent.is_relative_to("/tmp"):
-            parent.chmod(parent.stat().st_mode | 0o055)
+def test_privileges_are_dropped_for_good_before_code_of_the_filter_runs(open_directory: Path) -> None:
     text = FILTER + (
         'print("ids", os.getresuid(), os.getresgid(), os.getgroups(), os.environ["USER"], flush=True)\n'
         "try:\n    os.setuid(0)\nexcept PermissionError:\n    print('never root again', flush=True)\n"
     )
-    with Running(tmp_path, "--user", "nobody", "--group", "daemon", "--mode", "640", text=text) as process:
+    with Running(open_directory, "--user", "nobody", "--group", "daemon", "--mode", "640", text=text) as process:
         user, group = 65534, 1
         ids = process.stdout.wait_for("ids ")
         assert ids == f"ids ({user}, {user}, {user}) ({group}, {group}, {group}) [{group}] nobody"
         process.stdout.wait_for("never root again")
-        found = (tmp_path / "s").stat()
+        found = (open_directory / "s").stat()
         assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (user, group, 0o640)
         process.starts(1)
 
@@ -530,11 +541,64 @@ def test_metrics_are_those_of_all_workers(run: Any, tmp_path: Path) -> None:
         scraped(port)
 
 
+@needs_proc
+def test_the_process_that_tells_the_metrics_is_replaced(run: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    process = run("--metrics", str(port))
+    worker = process.worker()
+    (companion,) = [child for child in children(process.pid) if child != worker]
+    os.kill(companion, signal.SIGKILL)
+    process.stderr.wait_for(f"the process beside the workers, {companion}, was killed by SIGKILL; its place is taken")
+    assert scraped(port)['milter_messages_total{verdict="accept"}'] == "1.0"
+    process.stop()
+    with pytest.raises(OSError, match="refused"):
+        scraped(port)
+
+
+@needs_proc
+def test_a_process_of_metrics_that_cannot_live_is_given_up(run: Any) -> None:
+    process = run("--metrics", "0")
+    worker = process.worker()
+    for death in range(1, 11):
+        (companion,) = [child for child in children(process.pid) if child != worker]
+        os.kill(companion, signal.SIGKILL)
+        process.stderr.wait_for_count("was killed by SIGKILL", death)
+    assert process.stderr.text.count("its place is taken") == 9
+    assert process.stderr.text.count("it is not started again") == 1
+    assert children(process.pid) == [worker]
+    process.version()
+    process.stop()
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 def scraped(port: int) -> dict[str, str]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
         lines = answer.read().decode().splitlines()
     figures = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
     return {name: value for name, value in figures}  # noqa: C416  (mypy knows no pairs in lists)
+
+
+@needs_proc
+def test_a_system_without_descriptors_for_a_worker(run: Any, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(PATIENCE)
+        process = run("--workers", "2", environment={"NOTIFY_SOCKET": str(tmp_path / "notify")})
+        assert manager.recv(100) == b"READY=1\n"
+    most = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    first, second = children(process.pid)
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, most[1]))  # and no new one: that is their number
+    os.kill(first, signal.SIGKILL)
+    process.stderr.wait_for("a worker cannot be started: Too many open files")
+    assert process.worker() == second
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, most)
+    process.starts(3)
+    assert len(children(process.pid)) == 2
+    process.stop()
 
 
 # ---- app.run(workers=…)
@@ -555,3 +619,37 @@ def test_run_of_the_app_has_workers_too(tmp_path: Path) -> None:
         assert process.wait() == 0
     assert process.stdout.lines[-1] == "returned"
     assert process.stdout.lines.count("stop 1") == 4
+
+
+def test_systemd_is_told_at_an_abstract_address(run: Any) -> None:
+    name = f"milter-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0{name}")
+        manager.settimeout(PATIENCE)
+        run(environment={"NOTIFY_SOCKET": f"@{name}"})
+        assert manager.recv(100) == b"READY=1\n"
+
+
+def test_a_pidfile_that_became_somebody_else_s_is_left_alone(run: Any, tmp_path: Path) -> None:
+    process = run("--pidfile", str(tmp_path / "pid"))
+    process.starts(1)
+    (tmp_path / "pid").write_text("1\n")
+    process.stop()
+    assert (tmp_path / "pid").read_text() == "1\n"
+
+
+def test_ctrl_c_while_the_filter_is_imported_is_no_fault_of_the_filter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        load("interrupted:app")
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [(0, "ended with code 0"), (-9, "was killed by SIGKILL"), (-40, "was killed by signal 40")],
+)
+def test_the_end_of_a_worker_is_told_in_words(code: int, told: str) -> None:
+    assert _how(code) == told

@@ -43,6 +43,7 @@ struct milter_plan {
     size_t spool_size;
     const char *spool_directory;
     int *open_sessions;
+    int wanted_only;
 };
 struct milter_run;
 struct milter_session;
@@ -71,6 +72,9 @@ struct milter_event {
     size_t changes_size;
     char *reserved;
 };
+
+#define MILTER_WANTED_SHIFT ...
+#define MILTER_WANTED_MASK ...
 
 int milter_register(const char *name);
 int milter_serve(int wake_fd);
@@ -105,6 +109,7 @@ char *milter_reserve_changes(struct milter_event *event, size_t size);
 bool milter_io_wrapped(void);
 const char *milter_io_symbols(void);
 int milter_io_log_to(int fd);
+void milter_io_expect(int family);
 
 /* Python, as the shim sees it. */
 extern "Python+C" int milter_python_negotiate(struct milter_session *session, uint64_t token, uint64_t number,

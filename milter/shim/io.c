@@ -132,6 +132,7 @@ static _Thread_local struct {
     const char *end;
 } last_read = {-1, 0, NULL};
 static atomic_int log_descriptor = -1;
+static atomic_int expected_family = AF_UNSPEC;
 
 int __real_accept(int fd, struct sockaddr *address, socklen_t *size);
 int __real_close(int fd);
@@ -658,6 +659,11 @@ int milter_io_log_to(int fd)
     return atomic_exchange(&log_descriptor, fd);
 }
 
+void milter_io_expect(int family)
+{
+    atomic_store(&expected_family, family);
+}
+
 /* ---- libmilter's log --------------------------------------------------------------------- */
 
 /* By any thread of libmilter, whose errno stays as it was. */
@@ -699,6 +705,9 @@ WRAP int __wrap_accept(int fd, struct sockaddr *address, socklen_t *size)
     if (accepted >= 0) {
         const bool named = address != NULL && *size >= sizeof address->sa_family;
         adopt(accepted, named && (address->sa_family == AF_INET || address->sa_family == AF_INET6));
+        const int family = atomic_load(&expected_family);
+        if (named && family != AF_UNSPEC)
+            address->sa_family = (sa_family_t)family; /* libmilter looks at nothing else of it */
         newcomer = (struct pollfd){accepted, POLLIN, POLLIN};
         note_ready(&newcomer, 1, 1);
         if (first_threads.twice != NULL && atomic_load(&worker) == NULL)
@@ -897,6 +906,11 @@ int milter_io_log_to(int fd)
 {
     (void)fd;
     return -1;
+}
+
+void milter_io_expect(int family)
+{
+    (void)family;
 }
 
 bool milter_io_wrapped(void)

@@ -47,6 +47,13 @@ int milter_io_push(int fd);
  */
 int milter_io_log_to(int fd);
 
+/*
+ * libmilter refuses a connection of another family than its first listener's, and
+ * looks at nothing else of the address. So it is told this family (AF_*) of all
+ * connections, and can be given listeners of any. Before the first connection.
+ */
+void milter_io_expect(int family);
+
 /* Has the linker redirected libmilter's calls to io.c, all that the build names? */
 bool milter_io_wrapped(void);
 

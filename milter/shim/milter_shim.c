@@ -54,7 +54,7 @@
  *   U command
  *   X                              the message is over, decided without Python
  */
-#define _POSIX_C_SOURCE 200809L
+#define _GNU_SOURCE
 
 #include "io.h"
 #include "milter_shim.h"
@@ -109,6 +109,7 @@ struct milter_run {
     atomic_bool closed;  /* the gate: no callback enters Python any more */
     atomic_int inside;   /* callbacks in Python, or on their way */
     atomic_int sessions; /* open connections of MTAs */
+    struct milter_run *next_wanted; /* under registry_lock */
 };
 
 _Static_assert(sizeof(atomic_int) == sizeof(int) && ATOMIC_INT_LOCK_FREE == 2,
@@ -158,10 +159,12 @@ struct closed_session {
 
 static pthread_mutex_t registry_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct milter_session *free_sessions;
+static struct milter_run *wanted_runs; /* that serve only who wants them */
 static struct closed_session closed_sessions[CLOSED_SESSIONS];
 static unsigned closed_count;
 
 static _Atomic(struct milter_run *) current_run;
+static atomic_int wanted_count; /* of those: nobody takes the lock for none */
 static _Atomic uint64_t last_token;
 static _Atomic uint64_t last_number;
 static _Atomic size_t max_data_size = MILTER_MAX_DATA_SIZE;
@@ -685,6 +688,35 @@ static void abort_message(struct milter_session *session)
     end_message(session);
 }
 
+/* Under registry_lock. Where the list of those who serve only who wants them has this run, or ends. */
+static struct milter_run **find_wanted(unsigned long number)
+{
+    struct milter_run **place = &wanted_runs;
+
+    while (*place != NULL && ((unsigned long)(*place)->plan.app & MILTER_WANTED_MASK) != number)
+        place = &(*place)->next_wanted;
+    return place;
+}
+
+/*
+ * By on_negotiate. The run that serves this connection: the one it wants, else the
+ * current one; NULL: none. Takes what says so off the offered actions.
+ */
+static struct milter_run *run_of(unsigned long *offered_actions)
+{
+    const unsigned long number = *offered_actions >> MILTER_WANTED_SHIFT & MILTER_WANTED_MASK;
+
+    if (number == 0 || atomic_load(&wanted_count) == 0)
+        return atomic_load(&current_run);
+    pthread_mutex_lock(&registry_lock);
+    struct milter_run *run = *find_wanted(number);
+    pthread_mutex_unlock(&registry_lock);
+    if (run == NULL)
+        return atomic_load(&current_run);
+    *offered_actions &= ~(MILTER_WANTED_MASK << MILTER_WANTED_SHIFT);
+    return run;
+}
+
 /* ---- libmilter's callbacks: each by a thread of libmilter, one at a time for a connection - */
 
 /* The session that this makes belongs to libmilter's context, until on_close takes it back. */
@@ -692,7 +724,7 @@ static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsign
                              unsigned long unused2, unsigned long unused3, unsigned long *actions,
                              unsigned long *steps, unsigned long *out2, unsigned long *out3)
 {
-    struct milter_run *run = atomic_load(&current_run);
+    struct milter_run *run = run_of(&offered_actions);
     struct milter_session *session = run != NULL ? new_session(ctx, run) : NULL;
 
     (void)unused2;
@@ -1010,6 +1042,26 @@ static void *serve(void *argument)
 }
 
 /*
+ * By milter_serve. Handlers run on libmilter's threads, which get the system's default for their stacks:
+ * with musl 128 KiB, and so little that Python's deeper functions in C overrun it. glibc's is 8 MiB.
+ */
+static void enlarge_stacks(void)
+{
+#ifdef __linux__
+    const size_t enough = 8 * 1024 * 1024; /* address space; memory only as far as it is used */
+    pthread_attr_t attributes;
+    size_t size;
+
+    if (pthread_getattr_default_np(&attributes) != 0)
+        return;
+    if (pthread_attr_getstacksize(&attributes, &size) == 0 && size < enough &&
+        pthread_attr_setstacksize(&attributes, enough) == 0)
+        (void)pthread_setattr_default_np(&attributes);
+    pthread_attr_destroy(&attributes);
+#endif
+}
+
+/*
  * Once in a process, after milter_register, smfi_setconn and smfi_opensocket.
  * All signals are blocked in the new thread and those that libmilter starts from
  * it, so that they reach Python's main thread. 0, or an errno.
@@ -1019,6 +1071,7 @@ int milter_serve(int wake_fd)
     sigset_t all;
     pthread_t thread;
 
+    enlarge_stacks();
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &startup_mask);
     const int error = pthread_create(&thread, NULL, serve, (void *)(intptr_t)wake_fd);
@@ -1036,7 +1089,8 @@ size_t milter_set_max_data_size(size_t size)
 }
 
 /*
- * The plan is copied; connections from now on follow it. Its place for the count
+ * The plan is copied; connections from now on follow it, or those that want it.
+ * Its place for the count
  * of open sessions stays the caller's, who keeps it for ever: sessions may end
  * after the run. NULL: out of memory.
  */
@@ -1060,8 +1114,30 @@ struct milter_run *milter_begin(const struct milter_plan *plan)
         if (run->plan.macros[where] == NULL)
             return NULL;
     }
-    atomic_store(&current_run, run);
+    if (!plan->wanted_only) {
+        atomic_store(&current_run, run);
+        return run;
+    }
+    pthread_mutex_lock(&registry_lock);
+    run->next_wanted = wanted_runs;
+    wanted_runs = run;
+    atomic_fetch_add(&wanted_count, 1);
+    pthread_mutex_unlock(&registry_lock);
     return run;
+}
+
+/* By milter_end, which may be called twice. */
+static void leave_wanted(struct milter_run *run)
+{
+    pthread_mutex_lock(&registry_lock);
+    struct milter_run **place = &wanted_runs;
+    while (*place != NULL && *place != run)
+        place = &(*place)->next_wanted;
+    if (*place == run) {
+        *place = run->next_wanted;
+        atomic_fetch_sub(&wanted_count, 1);
+    }
+    pthread_mutex_unlock(&registry_lock);
 }
 
 /* From now on no event of this run enters Python, and new connections are refused. */
@@ -1070,6 +1146,8 @@ void milter_end(struct milter_run *run)
     struct milter_run *expected = run;
 
     atomic_compare_exchange_strong(&current_run, &expected, NULL);
+    if (run->plan.wanted_only)
+        leave_wanted(run);
     atomic_store(&run->closed, true);
     content_free_kept();
 }

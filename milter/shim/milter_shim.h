@@ -84,7 +84,18 @@ struct milter_plan {
     size_t spool_size;                 /* bytes of a gathered message that stay in memory */
     const char *spool_directory;       /* for the file of a longer one */
     int *open_sessions;                /* where to count them besides, for somebody who looks on; or NULL */
+    int wanted_only;                   /* serve only connections that want this app, see below */
 };
+
+/*
+ * Whom a connection wants: a test of several filters in one process puts the
+ * number of the app into these bits of the actions that it offers. libmilter
+ * passes on nothing else that comes so early. No MTA sets them (the highest one
+ * of mfdef.h is 0x100), and while no run is for those who want it alone, nobody
+ * looks at them.
+ */
+#define MILTER_WANTED_SHIFT 12
+#define MILTER_WANTED_MASK  0x7ffffUL
 
 /* One run of a filter, from start to stop. */
 struct milter_run;

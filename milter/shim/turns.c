@@ -51,6 +51,7 @@ enum {
 /* Nanoseconds. */
 static const int64_t PATIENCE = 5 * 1000 * 1000;
 static const int64_t AWAKE = 100 * 1000; /* as long as that a thread waits before it goes to sleep */
+static const int64_t SHIFT = 250 * 1000; /* as long as that the clerk works before it gives way */
 
 enum state { WAITS, TAKEN, SERVED, GOES };
 
@@ -235,6 +236,22 @@ static enum state wait_in_queue(struct turn *turn)
 
 /* ---- The clerk ---------------------------------------------------------------------------- */
 
+/*
+ * By the clerk, between two events. A thread that gave way to it on its own processor, while it
+ * waited awake, is not woken up when it was served: it would go on when the clerk's time slice is over.
+ */
+static void give_way(int64_t *since)
+{
+    const int64_t time = now();
+
+    if (time - *since > SHIFT) {
+        pthread_mutex_unlock(&lock);
+        sched_yield();
+        pthread_mutex_lock(&lock);
+        *since = time;
+    }
+}
+
 /* Under the lock, which is released while the clerk waits for work, and while it serves the first of the queue. */
 static void serve_first(void)
 {
@@ -268,12 +285,15 @@ static uint64_t wait_for_call(void)
 static void *work(void *number_of_the_clerk)
 {
     const uintptr_t self = (uintptr_t)number_of_the_clerk;
+    int64_t gave_way = now();
 
     pthread_mutex_lock(&lock);
     while (clerk == self) {
         const uint64_t number = wait_for_call();
-        while (front == number && first != NULL)
+        while (front == number && first != NULL) {
             serve_first();
+            give_way(&gave_way);
+        }
         if (front == number)
             front = 0;
         if (clerk == 0)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Testing mail filters without an MTA: the MTA's side of the milter protocol.
 
-The public names of this package, nothing else. ``milter`` itself does not import it.
+The public names of this package, nothing else. ``milter`` itself does not import it. `MTA` is where to begin;
+docs/testing.md tells more.
 
 >>> from milter.testing import Envelope, Message
 >>> Envelope.of("ann@client.example", "bob@mta.example").sender.path
@@ -20,8 +21,8 @@ from milter.testing.client import (
     Transcript,
 )
 from milter.testing.delivery import (
-    MTA,
     Delivery,
+    DeliveryModel,
     Envelope,
     Header,
     Mailbox,
@@ -30,6 +31,8 @@ from milter.testing.delivery import (
     Postfix,
     Sendmail,
 )
+from milter.testing.mta import MTA, Mail, MTAFactory, SMTPSession
+from milter.testing.result import DeliveredHeaders, MailBytes, NotDeliveredError, Result
 from milter.testing.wire import (
     Actions,
     AddHeader,
@@ -66,17 +69,23 @@ __all__ = [
     "ClientAddress",
     "Command",
     "Decoder",
+    "DeliveredHeaders",
     "Delivery",
+    "DeliveryModel",
     "EndOfMessage",
     "Envelope",
     "Event",
     "Family",
     "Header",
     "InsertHeader",
+    "MTAFactory",
+    "Mail",
+    "MailBytes",
     "Mailbox",
     "Message",
     "ModificationError",
     "Negotiated",
+    "NotDeliveredError",
     "Outcome",
     "Packet",
     "PeerClosed",
@@ -89,6 +98,8 @@ __all__ = [
     "ReplaceHeader",
     "ReplaceSender",
     "Response",
+    "Result",
+    "SMTPSession",
     "Sendmail",
     "Session",
     "StageAnswer",

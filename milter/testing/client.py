@@ -4,12 +4,13 @@
 Tests use it stage by stage, ``milter check`` sends a whole message with `Client.send_message`. It
 uses a socket and ``wire``, nothing of the library but ``milter.listener`` for finding an address.
 
-Nothing here waits for ever: a packet has ``timeout`` seconds to come, the end of a message
-`PATIENCE` seconds altogether. Whatever goes wrong is a `WireError` that says at which stage.
+Nothing here waits for ever, unless it is told to: a packet has ``timeout`` seconds to come, the end
+of a message `PATIENCE` seconds altogether. Whatever goes wrong is a `WireError` that says at which stage.
 """
 
 import contextlib
 import ipaddress
+import math
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Self
 
-from milter.testing.delivery import MTA, Delivery, Envelope, Header, Mailbox, Message
+from milter.testing.delivery import Delivery, DeliveryModel, Envelope, Header, Mailbox, Message
 from milter.testing.wire import (
     ALL_ACTIONS,
     ALL_STEPS,
@@ -54,6 +55,9 @@ CHUNK_SIZE = 65535
 # Sendmail's usual limit from the end of a message to the verdict, which progress does not extend
 # (``T=E:5m`` of INPUT_MAIL_FILTER, cf/README).
 PATIENCE = 300.0
+
+# Seconds for the connection itself, where no time is set for what follows.
+_TO_CONNECT = 10.0
 
 # A milter that sends more than this for one message is broken.
 MAX_CHANGES = 512 * 1024 * 1024
@@ -128,13 +132,16 @@ class Session:
     """An SMTP session as the MTA sees it.
 
     ``macros``: more macros, or other values than the usual ones; names longer than a letter have
-    braces. What is defined here is sent at each stage whose list names it.
+    braces. What is defined here is sent at each stage whose list names it. ``stage_macros`` are sent
+    at their stage, whatever its list says. ``unasked``: the lists of a milter that asks for none.
     """
 
     hostname: str = "client.example"
     address: ClientAddress = field(default=ClientAddress(Family.INET, "192.0.2.1", 49152))
     helo: str = "client.example"
     macros: Mapping[str, str] = field(default_factory=dict)
+    stage_macros: Mapping[Command, Mapping[str, str]] = field(default_factory=dict)
+    unasked: Mapping[Command, str] = field(default_factory=lambda: POSTFIX_MACROS)
 
 
 class Outcome(Enum):
@@ -172,6 +179,8 @@ class Transcript:
     end: EndOfMessage | None = None
     decision: StageAnswer | None = None
     outcome: Outcome | None = None
+    queue_id: str = ""
+    """The MTA's name of the message, once a recipient was taken."""
 
     @property
     def accepted_envelope(self) -> Envelope:
@@ -182,7 +191,7 @@ class Transcript:
         """All answers of one stage, in order."""
         return [entry for entry in self.stages if entry.stage is stage]
 
-    def delivery(self, mta: MTA) -> Delivery:
+    def delivery(self, mta: DeliveryModel) -> Delivery:
         """What this MTA delivers.
 
         Raises `ValueError` unless the message was accepted, `ModificationError` if the MTA refuses
@@ -228,8 +237,8 @@ class Client:
     >>> client.close(); there.close()
     """
 
-    def __init__(self, sock: socket.socket, timeout: float = 10.0) -> None:
-        """``sock``: connected; the client owns it from now on. ``timeout``: seconds for each packet."""
+    def __init__(self, sock: socket.socket, timeout: float | None = 10.0) -> None:
+        """``sock``: connected; the client owns it from now on. ``timeout``: seconds for each packet, None: no limit."""
         self.timeout = timeout
         self.negotiated = _UNNEGOTIATED
         self.transcript: Transcript | None = None
@@ -238,17 +247,19 @@ class Client:
         self._decoder = Decoder()
         self._last = "nothing"
         self._body_skipped = False
+        self._introduced: set[Command] = set()
+        """CONNECT and HELO, once they were said."""
         self._conversation: _Conversation | None = None
 
     @classmethod
-    def connect(cls, spec: str, timeout: float = 10.0) -> Self:
+    def connect(cls, spec: str, timeout: float | None = 10.0) -> Self:
         """Connect to ``inet:port@host``, ``inet6:port@host``, ``unix:path`` or a bare path.
 
         Raises what `milter.listener.connect` does when there is no such address, or nobody there.
         """
         from milter.listener import connect
 
-        return cls(connect(spec, timeout), timeout)
+        return cls(connect(spec, _TO_CONNECT if timeout is None else timeout), timeout)
 
     def close(self) -> None:
         """Close the socket, as an MTA does that has died; `finish` is the polite way."""
@@ -272,13 +283,16 @@ class Client:
             self._socket.settimeout(self.timeout)
             self._socket.sendall(packet)
         except TimeoutError:
-            raise PeerTimeout(f"the milter did not read {self._last} within {self.timeout:g} s") from None
+            raise PeerTimeout(f"the milter did not read {self._last} in time") from None
         except OSError as error:
             raise PeerClosed(f"the milter is gone, {self._last} could not be sent: {error}") from None
 
     def receive(self) -> Packet:
         """The next packet of the milter. Raises `WireError`: `PeerTimeout`, `PeerClosed`, or bad bytes."""
-        return self._receive_before(time.monotonic() + self.timeout)
+        return self._receive_before(self._deadline())
+
+    def _deadline(self) -> float:
+        return math.inf if self.timeout is None else time.monotonic() + self.timeout
 
     def _receive_before(self, deadline: float) -> Packet:
         while (packet := self._decoder.next()) is None:
@@ -299,9 +313,9 @@ class Client:
 
     def _recv_within(self, seconds: float) -> bytes:
         # A timeout of 0 would make the socket non-blocking, and one who dribbles would never be late.
-        if seconds <= 0:
+        if seconds <= 0:  # pragma: no cover (it is over between two packets, or in the middle of one)
             raise TimeoutError
-        self._socket.settimeout(seconds)
+        self._socket.settimeout(None if seconds == math.inf else seconds)
         return self._socket.recv(65536)
 
     def _cut_off(self) -> str:
@@ -312,7 +326,7 @@ class Client:
 
         Raises `WireError` if it sends something instead, or does neither in time.
         """
-        deadline = time.monotonic() + self.timeout
+        deadline = self._deadline()
         with contextlib.suppress(PeerClosed):
             data = self._read(deadline)
             if data or self._decoder.pending:
@@ -350,10 +364,12 @@ class Client:
     ) -> Answer | None:
         """Tell who connects. ``address``: what `ClientAddress.of` takes; None is an unknown family."""
         data = join_strings(hostname) + ClientAddress.of(address).encode()
+        self._introduced.add(Command.CONNECT)
         return self._stage(Command.CONNECT, data)
 
     def helo(self, name: str = "client.example") -> Answer | None:
         """HELO or EHLO."""
+        self._introduced.add(Command.HELO)
         return self._stage(Command.HELO, join_strings(name))
 
     # -- a message
@@ -418,6 +434,7 @@ class Client:
 
     def quit_nc(self) -> None:
         """End the connection and begin another one on the same socket, with what was negotiated."""
+        self._introduced.clear()
         self.send(Command.QUIT_NC)
 
     def unknown(self, command: str) -> Answer | None:
@@ -441,10 +458,10 @@ class Client:
 
     def _packets(self) -> Iterator[Packet]:
         """The packets that come, until there are too many; each in time, and all of them."""
-        last_call = time.monotonic() + PATIENCE
+        last_call = math.inf if self.timeout is None else time.monotonic() + PATIENCE
         received = 0
         while received <= MAX_CHANGES:
-            packet = self._receive_before(min(time.monotonic() + self.timeout, last_call))
+            packet = self._receive_before(min(self._deadline(), last_call))
             received += len(packet.data) + 5
             yield packet
 
@@ -453,7 +470,8 @@ class Client:
     def send_message(self, envelope: Envelope, message: Message, session: Session | None = None) -> Transcript:
         """Send a message as Postfix does, from the negotiation on if that is due, and record the answers.
 
-        A second message goes into the same SMTP session; ``session`` counts for the first only. The
+        A second message goes into the same SMTP session; ``session`` counts for the first only, and
+        there for CONNECT and HELO unless they were said already. The
         connection stays open after it (`finish`), unless the milter decided on the whole session.
 
         Raises `WireError`, `ValueError` for an envelope without recipients.
@@ -482,7 +500,7 @@ def _braced(name: str) -> str:
 
 
 # The macros of each stage as Postfix sends them unasked (its parameters milter_*_macros).
-_DEFAULT_MACROS: Mapping[Command, str] = {
+POSTFIX_MACROS: Mapping[Command, str] = {
     Command.CONNECT: "j {daemon_name} {daemon_addr} v _",
     Command.HELO: "{tls_version} {cipher} {cipher_bits} {cert_subject} {cert_issuer}",
     Command.MAIL: "{auth_type} {auth_authen} {auth_author} {mail_addr} {mail_host} {mail_mailer}",
@@ -540,7 +558,7 @@ class _Conversation:
             self._body,
             self._end,
         )
-        for step in steps:
+        for step in steps:  # pragma: no branch (the last one decides)
             step(transcript)
             if transcript.outcome is not None:
                 break
@@ -562,14 +580,15 @@ class _Conversation:
             return
         if self._greeted:
             return
-        session = self._session
-        self._introduce(
-            transcript,
-            Command.CONNECT,
-            f"{session.hostname} [{session.address.address or 'unknown'}]",
-            partial(self._client.connect_info, session.hostname, session.address),
-        )
-        if self._ending is None:
+        session, said = self._session, frozenset(self._client._introduced)
+        if Command.CONNECT not in said:
+            self._introduce(
+                transcript,
+                Command.CONNECT,
+                f"{session.hostname} [{session.address.address or 'unknown'}]",
+                partial(self._client.connect_info, session.hostname, session.address),
+            )
+        if self._ending is None and Command.HELO not in said:
             self._introduce(transcript, Command.HELO, session.helo, partial(self._client.helo, session.helo))
         self._greeted = True
 
@@ -601,6 +620,7 @@ class _Conversation:
                 return
             else:
                 self._values["i"] = self._queue_id()
+                transcript.queue_id = self._session.macros.get("i", self._values["i"])
             if entry.answer is not None and entry.answer.verdict is Verdict.SKIP:
                 break
         if not transcript.recipients:
@@ -696,11 +716,15 @@ class _Conversation:
         content = (Command.HEADER, Command.EOH, Command.BODY)
         if stage in content and self._client.negotiated.declines(stage):
             return
-        # An empty list leaves Postfix's own in place.
+        # An empty list leaves the MTA's own in place.
         requested = self._client.negotiated.macros.get(_LIST_OF.get(stage, -1), "")
-        names = (requested.strip() or _DEFAULT_MACROS[stage]).split()
+        names = requested.strip() or self._session.unasked.get(stage)
+        more = self._session.stage_macros.get(stage, {})
+        if names is None and not more:
+            return
         values = self._values | dict(self._session.macros)
-        self._client.macros(stage, {name: values[name] for name in names if name in values})
+        listed = {name: values[name] for name in (names or "").split() if name in values}
+        self._client.macros(stage, {**listed, **more})
 
     def _queue_id(self) -> str:
         return f"4Fz{self._messages:05d}Qx1"
@@ -747,6 +771,6 @@ def _as_postfix_shows(message: Message) -> Message:
 
 
 def _cut(header: Header) -> Header:
-    """A field up to its first NUL, and no longer than Postfix's limit in bytes."""
-    raw = encode_text(header.raw.partition("\0")[0])
+    """A field up to its first NUL, no longer than Postfix's limit in bytes, without white space before the colon."""
+    raw = encode_text(f"{header.name}:{header.text}".partition("\0")[0])
     return Header(decode_text(raw[:_HEADER_LIMIT]))

@@ -105,7 +105,7 @@ class Header:
 
 
 # A header line starts with printable ASCII and a colon (RFC 5322, section 2.2).
-_HEADER_START = re.compile(rb"[!-9;-~]+[ \t]*:")
+HEADER_START = re.compile(rb"[!-9;-~]+[ \t]*:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class Message:
         >>> message.headers, message.body
         ((Header(raw='Subject: hello\\n world'),), b'One\\r\\nTwo\\r\\n')
         """
-        if data.startswith(b"From ") and not _HEADER_START.match(data):
+        if data.startswith(b"From ") and not HEADER_START.match(data):
             data = b"X-Mailbox-Line: " + data
         raw_headers, body_start = _split_headers(data)
         headers = tuple(Header(decode_text(raw)) for raw in raw_headers)
@@ -150,7 +150,7 @@ def _split_headers(data: bytes) -> tuple[list[bytes], int]:
             return headers, end
         if line[:1] in b" \t" and headers:
             headers[-1] += b"\n" + line
-        elif _HEADER_START.match(line):
+        elif HEADER_START.match(line):
             headers.append(line)
         else:
             break
@@ -216,11 +216,14 @@ class Delivery:
 DEFAULT_TRACE = "Received: from client.example (client.example [192.0.2.1])\n\tby mta.example"
 
 
-class MTA(ABC):
+class DeliveryModel(ABC):
     """How one kind of MTA takes a milter's answers and changes; its subclasses say where they differ."""
 
     name: str
     """The MTA's name."""
+
+    accepted: str
+    """What the client is told of a message that was taken; ``{}`` is the MTA's name of it."""
 
     fold: str
     """What is put behind a line end in a header value that no white space follows."""
@@ -332,7 +335,7 @@ def _keyword(param: str) -> str:
 # ---- Postfix
 
 
-class Postfix(MTA):
+class Postfix(DeliveryModel):
     """The rules of Postfix.
 
     - Positions for inserting count the MTA's own Received as 0: 0 is above it, 1 below it. A
@@ -343,6 +346,7 @@ class Postfix(MTA):
     """
 
     name = "Postfix"
+    accepted = "250 2.0.0 Ok: queued as {}"
     fold = "\t"
 
     def check(self, events: Sequence[Event]) -> None:
@@ -431,7 +435,7 @@ class _Slot:
     from_user: bool
 
 
-class Sendmail(MTA):
+class Sendmail(DeliveryModel):
     """The rules of Sendmail, with the header fields of its usual configuration (cf/m4/proto.m4).
 
     - Positions for inserting count fields that are not printed: 0 is above the MTA's own Received,
@@ -444,6 +448,7 @@ class Sendmail(MTA):
     """
 
     name = "Sendmail"
+    accepted = "250 2.0.0 {} Message accepted for delivery"
     fold = " "
 
     _ABOVE = ("Return-Path",)

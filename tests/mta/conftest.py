@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Fixtures: a Postfix for the session, its sink, and a directory where it can reach a filter's socket."""
+"""Fixtures: a Postfix and a Sendmail for the session, their sinks, and a directory for the sockets of filters."""
 
+import contextlib
 import os
 import re
 import sys
@@ -11,15 +12,26 @@ import pytest
 
 from tests.filter_process import RunFilter, running_filters
 
-from .postfix import Postfix, missing, open_directory
+from . import postfix as postfix_module
+from . import sendmail as sendmail_module
+from .postfix import Postfix, open_directory
+from .sendmail import Sendmail
+from .server import MailServer
 from .sink import Sink
 
 _CRASH = re.compile(r"^.*\b(?:panic|fatal): .*$", re.MULTILINE)
 
 
 def require_postfix() -> None:
-    """Skip the test where Postfix cannot run; under continuous integration, where it must run, fail."""
-    reason = missing()
+    _require(postfix_module.missing())
+
+
+def require_sendmail() -> None:
+    _require(sendmail_module.missing())
+
+
+def _require(reason: str | None) -> None:
+    """Skip the test where a server cannot run; under continuous integration, where it must run, fail."""
     if reason and os.environ.get("CI"):
         pytest.fail(f"{reason}, and CI is set", pytrace=False)
     if reason:
@@ -40,14 +52,36 @@ def postfix(postfix_of_session: Postfix) -> Iterator[Postfix]:
 
     A test also fails when one of Postfix's processes panicked or gave up.
     """
-    before = len(postfix_of_session.log())
-    yield postfix_of_session
-    if postfix_of_session.is_running:
-        postfix_of_session.deliveries()
-        postfix_of_session.discard_queue()
-    logged = postfix_of_session.log()[before:]
+    with clean(postfix_of_session):
+        yield postfix_of_session
+
+
+@pytest.fixture(scope="session")
+def sendmail_of_session() -> Iterator[Sendmail]:
+    """The instance that all tests share; use `sendmail`."""
+    require_sendmail()
+    with open_directory("milter-mta-") as directory, Sink() as sink, Sendmail(directory, sink) as sendmail:
+        yield sendmail
+
+
+@pytest.fixture
+def sendmail(sendmail_of_session: Sendmail) -> Iterator[Sendmail]:
+    """A Sendmail with an empty queue and an empty sink, otherwise as `postfix`."""
+    with clean(sendmail_of_session):
+        yield sendmail_of_session
+
+
+@contextlib.contextmanager
+def clean(server: MailServer) -> Iterator[None]:
+    """Leave the server as it was found; show what it logged meanwhile, and fail when it crashed."""
+    before = len(server.log())
+    yield
+    if server.is_running:
+        server.deliveries()
+        server.discard_queue()
+    logged = server.log()[before:]
     sys.stdout.write(logged)
-    assert not _CRASH.findall(logged), "Postfix crashed"
+    assert not _CRASH.findall(logged), f"{server.name} crashed"
 
 
 @pytest.fixture

@@ -6,23 +6,23 @@ hands every message to a sink. Nothing of the machine's own mail system is chang
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from .sink import PATIENCE, Delivery, Sink
+from .certificate import make_certificate
+from .ports import PATIENCE, port_of, reserve_port, wait_until_free
+from .server import DOMAIN, Queued, ServerError
+from .sink import Delivery, Sink
 from .smtp import SmtpClient
 
 MAIL_OWNER = "postfix"
@@ -31,7 +31,7 @@ MAIN_CF: Mapping[str, str | int] = {
     "compatibility_level": "3.6",
     "inet_interfaces": "127.0.0.1",
     "mynetworks": "127.0.0.0/8",
-    "myhostname": "mta.test",
+    "myhostname": DOMAIN,
     # Every message goes to the sink, whoever the client is, and nothing on the way asks a name server.
     "mydestination": "",
     "relay_domains": "static:all",
@@ -100,20 +100,6 @@ _MARKER = "marker@harness.test"
 _ON_ITS_WAY = ("maildrop", "incoming", "active")
 
 
-class PostfixError(Exception):
-    """Postfix did not do as it was told; the message holds what it said."""
-
-
-@dataclass(frozen=True)
-class Queued:
-    """A message in Postfix's queue; `state` is the part of the queue: `active`, `deferred`, `hold` …"""
-
-    state: str
-    queue_id: str
-    sender: str
-    recipients: tuple[str, ...]
-
-
 def missing() -> str | None:
     """Why no instance can run here; None when one can."""
     if os.geteuid() != 0:
@@ -155,17 +141,20 @@ def postfix_address(spec: str) -> str:
 class Postfix:
     """One instance; a context manager that stops it. It starts when a service is first asked for."""
 
+    name = "postfix"
+
     def __init__(self, directory: Path, sink: Sink) -> None:
         self.sink = sink
         self._etc, self._queue, self._data = (directory / name for name in ("etc", "queue", "data"))
         self._maillog = directory / "maillog"
-        self._reserved = [_reserve_port(), _reserve_port()]
-        self._port, self._plain_port = map(_port, self._reserved)
+        self._reserved = [reserve_port(), reserve_port()]
+        self._port, self._plain_port = map(port_of, self._reserved)
         self._running: dict[str, str] | None = None
         for part in (self._etc, self._queue, self._data):
             part.mkdir()
             part.chmod(0o755)
         shutil.chown(self._data, MAIL_OWNER)
+        make_certificate(self._etc)
         (self._etc / "master.cf").write_text(self._master_cf())
 
     def __enter__(self) -> Self:
@@ -196,6 +185,11 @@ class Postfix:
             self._running = wanted
         return self._port
 
+    def submit(self, sender: str, recipients: Sequence[str], content: bytes) -> None:
+        """Hand in a message with the command `sendmail`, as programs on the machine do."""
+        arguments = ["-i", "-f", sender or "<>", *recipients]
+        self._run("sendmail", *arguments, option="-C", given=content.replace(b"\r\n", b"\n"))
+
     def stop(self) -> None:
         """End all of its processes, and wait until nothing holds the ports."""
         if self._running is None:
@@ -206,7 +200,7 @@ class Postfix:
             self._run("postfix", "abort")
             fcntl.flock(locked_by_master, fcntl.LOCK_SH)
         for port in (self._port, self._plain_port):
-            _wait_until_free(port)
+            wait_until_free(port)
 
     @property
     def is_running(self) -> bool:
@@ -263,7 +257,7 @@ class Postfix:
         with SmtpClient(self._plain_port) as client:
             answer = client.send(_MARKER, _MARKER, "Subject: marker\n\n")
         if answer.code != 250:
-            raise PostfixError(f"the marker was refused: {answer}\n{self.log()}")
+            raise ServerError(f"the marker was refused: {answer}\n{self.log()}")
 
     def _places(self) -> dict[str, str | int]:
         return {
@@ -271,6 +265,8 @@ class Postfix:
             "data_directory": str(self._data),
             "maillog_file": str(self._maillog),
             "maillog_file_prefixes": str(self._maillog.parent),
+            "smtpd_tls_cert_file": str(self._etc / "cert.pem"),
+            "smtpd_tls_key_file": str(self._etc / "key.pem"),
             "relayhost": f"[127.0.0.1]:{self.sink.port}",
         }
 
@@ -296,58 +292,19 @@ class Postfix:
         # The next start may leave out the search for missing directories and for queue files out of place.
         (self._queue / "quick-start").touch()
 
-    def _run(self, command: str, *arguments: str) -> str:
+    def _run(self, command: str, *arguments: str, option: str = "-c", given: bytes = b"") -> str:
+        """What a command of Postfix prints. `option` names the directory of the configuration."""
         executable = shutil.which(command, path=_SEARCH_PATH)
         if executable is None:
-            raise PostfixError(f"there is no command {command!r}")
+            raise ServerError(f"there is no command {command!r}")
         done = subprocess.run(
-            [executable, "-c", self._etc, *arguments],
+            [executable, option, self._etc, *arguments],
             env={"PATH": _SEARCH_PATH, "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
+            input=given,
             capture_output=True,
-            text=True,
             timeout=PATIENCE,
         )
         if done.returncode != 0:
-            said = done.stdout + done.stderr
-            raise PostfixError(f"{command} {' '.join(arguments)}: exit {done.returncode}\n{said}{self.log()}")
-        return done.stdout
-
-
-def _reserve_port() -> socket.socket:
-    """A bound socket that keeps its port from being given to others, yet lets Postfix listen there.
-
-    Linux allows it: both set SO_REUSEADDR, and only Postfix listens.
-    """
-    reserved = socket.socket()
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reserved.bind(("127.0.0.1", 0))
-    return reserved
-
-
-def _port(bound: socket.socket) -> int:
-    port: int = bound.getsockname()[1]
-    return port
-
-
-def _wait_until_free(port: int) -> None:
-    """Wait until nobody listens there: the master's children may outlive it by a moment, with its ports."""
-    deadline = time.monotonic() + PATIENCE
-    while _is_listening(port):
-        if time.monotonic() > deadline:
-            raise PostfixError(f"somebody still listens on port {port}")
-        time.sleep(0.002)
-
-
-def _is_listening(port: int) -> bool:
-    # Not found out by connecting, which would make Postfix talk to the filters.
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-            probe.listen()
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            return True
-    return False
+            said = (done.stdout + done.stderr).decode(errors="replace")
+            raise ServerError(f"{command} {' '.join(arguments)}: exit {done.returncode}\n{said}{self.log()}")
+        return done.stdout.decode("utf-8", "surrogateescape")

@@ -16,6 +16,9 @@ import pytest
 
 from . import conftest
 from .postfix import MAIL_OWNER, Postfix, missing, open_directory, postfix_address
+from .sendmail import Sendmail, sendmail_address
+from .sendmail import missing as missing_sendmail
+from .server import REFUSED, Queued
 from .sink import PATIENCE, Sink
 from .smtp import SmtpClient
 
@@ -118,6 +121,122 @@ class TestPostfix:
                 socket.create_connection(("127.0.0.1", port))
         assert not directory.exists()
         wait_until_ended(master)
+
+
+class TestSendmail:
+    def test_delivers_what_was_sent_byte_for_byte_below_its_own_trace(self, sendmail: Sendmail) -> None:
+        content = AWKWARD.replace(b"x" * 5000, b"x" * 900).replace(b"\x01\xff " * 3000, b"\x01\xff ")
+        with SmtpClient(sendmail.service()) as client:
+            assert client.ehlo().code == 250
+            assert client.send("ann@client.test", "bob@sink.test", content, "BODY=8BITMIME").code == 250
+        (delivery,) = sendmail.deliveries()
+        assert delivery.content.endswith(content)
+        assert [name for name, _ in delivery.fields] == ["Received", "From", "Subject", "X-Long"]
+
+    def test_passes_the_envelope_on_with_its_arguments(self, sendmail: Sendmail) -> None:
+        with SmtpClient(sendmail.service()) as client:
+            client.ehlo()
+            client.mail("ann@client.test", "RET=HDRS", "ENVID=q1")
+            client.rcpt("bob@sink.test", "NOTIFY=FAILURE", "ORCPT=rfc822;bob@old.test")
+            client.rcpt("carl@sink.test", "NOTIFY=NEVER")
+            assert client.data(MESSAGE).code == 250
+        (delivery,) = sendmail.deliveries()
+        assert (delivery.sender, delivery.mail_params >= {"RET=HDRS", "ENVID=q1"}) == ("ann@client.test", True)
+        params = dict(zip(delivery.recipients, delivery.rcpt_params, strict=True))
+        assert params["bob@sink.test"] == {"NOTIFY=FAILURE", "ORCPT=rfc822;bob@old.test"}
+        assert params["carl@sink.test"] == {"NOTIFY=NEVER"}
+
+    def test_has_delivered_before_the_next_command_is_answered(self, sendmail: Sendmail) -> None:
+        with SmtpClient(sendmail.service()) as client:
+            client.ehlo()
+            for number in range(3):
+                assert client.send(f"ann{number}@client.test", "bob@sink.test", MESSAGE).code == 250
+        senders = [delivery.sender for delivery in sendmail.deliveries()]
+        assert senders == ["ann0@client.test", "ann1@client.test", "ann2@client.test"]
+
+    def test_refuses_a_recipient_by_itself(self, sendmail: Sendmail) -> None:
+        with SmtpClient(sendmail.service()) as client:
+            client.ehlo()
+            client.mail("ann@client.test")
+            assert client.rcpt(REFUSED).code == 550
+            assert client.rcpt("bob@sink.test").code == 250
+
+    def test_restarts_only_for_other_settings_and_keeps_its_port(self, sendmail: Sendmail) -> None:
+        port = sendmail.service()
+        daemon = sendmail.daemon_pid
+        assert (sendmail.service(), sendmail.daemon_pid) == (port, daemon)
+        assert sendmail.service(confMAX_HEADERS_LENGTH="1000") == port
+        assert sendmail.daemon_pid != daemon
+
+    def test_shows_what_could_not_be_delivered(self, sendmail: Sendmail) -> None:
+        with SmtpClient(sendmail.service(confDELIVERY_MODE="queue")) as client:
+            client.ehlo()
+            client.send("ann@client.test", ["bob@sink.test", "carl@sink.test"], MESSAGE)
+        assert sendmail.deliveries() == []
+        (queued,) = sendmail.queue()
+        expected = Queued("deferred", queued.queue_id, "ann@client.test", ("bob@sink.test", "carl@sink.test"))
+        assert queued == expected
+        sendmail.discard_queue()
+        assert sendmail.queue() == []
+
+    def test_takes_what_a_program_hands_in(self, sendmail: Sendmail) -> None:
+        sendmail.service()
+        sendmail.submit("ann@client.test", ["bob@sink.test"], MESSAGE.encode())
+        (delivery,) = sendmail.deliveries()
+        assert (delivery.sender, delivery.recipients) == ("ann@client.test", ("bob@sink.test",))
+
+    def test_defers_when_no_filter_listens(self, sendmail: Sendmail, socket_dir: Path) -> None:
+        with SmtpClient(sendmail.milter_service(f"{socket_dir}/nobody")) as client:
+            assert client.ehlo().code == 250
+            assert client.mail("ann@client.test").code == 451
+
+    def test_heeds_the_flag_of_a_filter(self, sendmail: Sendmail, socket_dir: Path) -> None:
+        with SmtpClient(sendmail.milter_service(f"{socket_dir}/nobody", F="")) as client:
+            client.ehlo()
+            assert client.send("ann@client.test", "bob@sink.test", MESSAGE).code == 250
+        assert len(sendmail.deliveries()) == 1
+
+    @pytest.mark.parametrize(("verdict", "code", "delivered"), [(b"a", 250, 1), (b"r", 554, 0), (b"d", 250, 0)])
+    def test_asks_the_filter(
+        self, sendmail: Sendmail, socket_dir: Path, verdict: bytes, code: int, delivered: int
+    ) -> None:
+        path = socket_dir / "filter"
+        with scripted_filter(path, verdict):
+            with SmtpClient(sendmail.milter_service(str(path))) as client:
+                client.ehlo()
+                assert client.send("ann@client.test", "bob@sink.test", MESSAGE).code == code
+            assert len(sendmail.deliveries()) == delivered
+
+    def test_leaves_nothing_behind(self) -> None:
+        conftest.require_sendmail()
+        with open_directory() as directory, Sink() as sink:
+            with Sendmail(directory, sink) as sendmail:
+                port = sendmail.service()
+                group = sendmail.daemon_pid
+                client = SmtpClient(port)
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port))
+            client.drop()
+        assert not directory.exists()
+        wait_until_ended(group)
+
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            ("inet:3000@localhost", "inet:3000@localhost"),
+            ("unix:/run/filter", "unix:/run/filter"),
+            ("/run/a:b", "unix:/run/a:b"),
+        ],
+    )
+    def test_understands_addresses_of_libmilter(self, given: str, expected: str) -> None:
+        assert sendmail_address(given) == expected
+
+    def test_fails_where_it_cannot_run_under_continuous_integration(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)
+        monkeypatch.setenv("CI", "true")
+        assert missing_sendmail() == "Sendmail can only be started by root"
+        with pytest.raises(pytest.fail.Exception, match="CI is set"):
+            conftest.require_sendmail()
 
 
 class TestMilterService:
