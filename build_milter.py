@@ -93,7 +93,7 @@ def builder() -> FFI:
         libraries=[flag[2:] for flag in flags if flag.startswith("-l") and not (archive and flag == "-lmilter")],
         extra_objects=objects,
         extra_compile_args=["-std=c11", *warnings(), *other(flags), *(["-fno-lto"] if archive else [])],
-        extra_link_args=["-pthread", *(archive.link_flags if archive else [])],
+        extra_link_args=["-pthread", *(archive.link_flags if archive else linker_options(flags))],
     )
     return ffi
 
@@ -271,8 +271,13 @@ def directories(flags: list[str], option: str) -> list[str]:
     return [flag[2:] for flag in flags if flag.startswith(option)]
 
 
+def linker_options(flags: list[str]) -> list[str]:
+    """Say, where the shared library is looked for when the extension is loaded."""
+    return [flag for flag in flags if flag.startswith("-Wl,")]
+
+
 def other(flags: list[str]) -> list[str]:
-    return [flag for flag in flags if flag[:2] not in ("-I", "-L", "-l")]
+    return [flag for flag in flags if flag[:2] not in ("-I", "-L", "-l") and not flag.startswith("-Wl,")]
 
 
 def warnings() -> list[str]:

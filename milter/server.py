@@ -63,6 +63,7 @@ class Server:
         self._exporter: Exporter | None = None
         self._failure: HandlerError | None = None
         self._stopped = False
+        self._gave_up = False
         self.asked_to_stop = False
         """By :meth:`request_stop`, that is by the filter itself."""
         self._bell = bell if bell is not None else Bell()
@@ -185,6 +186,7 @@ class Server:
         run.close_gate()
         if run.wait_handlers(int(_LAST_WAIT * 1000)) and not self._loop.end_handlers(run.wait_handlers):
             log.critical("handlers are still running: the process will end without waiting for them")
+            self._gave_up = True
             return
         run.forget()
         _running.discard(self)
@@ -235,16 +237,21 @@ def _only_one(server: Server) -> Iterator[None]:
             raise
 
 
+def _handlers_end(server: Server) -> bool:
+    """Do they, in the time they get? Once it was in vain, they get it no second time: a supervisor is waiting."""
+    run, loop = server._run, server._loop
+    milliseconds = 0 if server._gave_up else int(_LAST_WAIT * 1000)
+    return run is None or not run.wait_handlers(milliseconds) or loop.end_handlers(run.wait_handlers)
+
+
 @atexit.register
 def _leave() -> None:
     """A handler that enters a finalized interpreter would crash the process: let none, wait for the last ones."""
     here = [server for server in _running if server._process == os.getpid()]
-    started = [(server._run, server._loop) for server in here if server._run is not None]
-    for run, _ in started:
-        run.close_gate()
-    if any(
-        run.wait_handlers(int(_LAST_WAIT * 1000)) and not loop.end_handlers(run.wait_handlers) for run, loop in started
-    ):
+    for server in here:
+        if server._run is not None:
+            server._run.close_gate()
+    if not all(_handlers_end(server) for server in here):
         log.critical("handlers did not end: the process ends without them")
         logging.shutdown()
         os._exit(_EXIT_UNFINISHED)

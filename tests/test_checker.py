@@ -2,7 +2,9 @@
 """The command ``milter check``: exit codes, and what it shows, against a milter that follows a script."""
 
 import argparse
+import errno
 import io
+import os
 import socket
 import sys
 import threading
@@ -114,6 +116,69 @@ def test_changes_that_postfix_refuses_defer_the_message(check: Check, capsys: py
     end = packets((b"b", b"x"), (b"p", b""), (b"b", b"y"), (b"c", b""))
     assert check({b"E": end}) == 75
     assert "reply     451 4.3.5 " in capsys.readouterr().out
+
+
+def test_each_kind_of_change_is_named(check: Check, capsys: pytest.CaptureFixture[str]) -> None:
+    end = packets(
+        (b"i", b"\0\0\0\1X-In\0a\0"),
+        (b"m", b"\0\0\0\1Subject\0\0"),
+        (b"m", b"\0\0\0\2X-Other\0b\0"),
+        (b"e", b"<new@x>\0RET=HDRS\0"),
+        (b"e", b"<newer@x>\0"),
+        (b"2", b"<eve@x>\0NOTIFY=NEVER\0"),
+        (b"p", b""),
+        (b"b", b"one\r\n"),
+        (b"b", b"two\r\n"),
+        (b"c", b""),
+    )
+    assert check({b"E": end}) == 0
+    assert capsys.readouterr().out.partition("changes   ")[2].partition("\n\n")[0].splitlines() == [
+        "insert header at 1, X-In: a",
+        "          delete header Subject, number 1",
+        "          replace header X-Other, number 2: b",
+        "          replace sender <new@x> RET=HDRS",
+        "          replace sender <newer@x>",
+        "          add recipient <eve@x> NOTIFY=NEVER",
+        "          replace the body: 10 bytes",
+        "          (progress reported: 1)",
+    ]
+
+
+def test_a_message_whose_recipients_are_all_removed_is_not_delivered(
+    check: Check, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end = packets((b"-", b"<bob@mta.example>\0"), (b"c", b""))
+    assert check({b"E": end}, "--delivered") == 0
+    assert capsys.readouterr().out.endswith("\n\nnothing is delivered: no recipient is left\n")
+
+
+def test_nothing_is_delivered_of_a_message_that_is_refused(check: Check, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check({b"E": packets((b"r", b""))}, "--delivered") == 1
+    assert capsys.readouterr().out.endswith("reply     550 5.7.1 Command rejected\n")
+
+
+def test_a_long_argument_is_shown_in_part(check: Check, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "mail.eml"
+    file.write_bytes(b"Subject: " + b"x" * 100 + b"\n\n")
+    assert check({}, str(file)) == 0
+    assert f"header    Subject: {'x' * 48}... continue\n" in capsys.readouterr().out
+
+
+def test_a_directory_that_cannot_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "mail.eml").write_bytes(b"Subject: x\n\n")
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:  # root can read any directory, and tests may run as root
+        if path.endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert command("unix:/none", str(tmp_path)) == 2
+    assert capsys.readouterr().err == f"milter check: {tmp_path}/locked cannot be read: Permission denied\n"
 
 
 def test_a_message_comes_from_standard_input(

@@ -529,3 +529,20 @@ def test_messages_that_nobody_wants_leave_nothing_behind(serve: Serve) -> None:
     client.quit()
     client.wait_for_close()
     assert seen == [("client.example", None)]
+
+
+def test_macros_show_themselves(serve: Serve) -> None:
+    app = Milter("test")
+    shown: list[str] = []
+
+    @app.on_helo
+    def on_helo(ctx: Context, name: str) -> Status:
+        shown.append(repr(ctx.macros))
+        return Status.CONTINUE
+
+    client = serve(app).client()
+    client.negotiate()
+    client.connect_info()
+    client.macros(b"H", {"j": "mta.example", "{cipher}": "TLS"})
+    client.helo()
+    assert shown == ["Macros({'j': 'mta.example', '{cipher}': 'TLS'})"]

@@ -777,3 +777,19 @@ def test_whoever_waits_at_the_end_of_the_loop_is_told_so() -> None:
     running.stop()
     asking.join(LIMIT)
     assert [str(failure) for failure in failures] == ["the event loop has ended"]
+
+
+def test_a_coroutine_function_that_a_hook_registers_comes_too_late(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = Milter("test")
+
+    async def too_late(ctx: EomContext) -> Status:
+        return Status.ACCEPT
+
+    @app.on_start
+    def register() -> None:
+        app.on_eom(too_late)
+
+    assert send_message(serve(app).greeted()).answer.verdict is Verdict.TEMPFAIL
+    assert "is a coroutine function, and was registered when the filter ran already" in caplog.text

@@ -499,3 +499,19 @@ def test_a_failure_of_one_message_does_not_fail_what_is_not_of_it(
     answer = client.helo()
     assert answer is not None
     assert answer.verdict is Verdict.CONTINUE
+
+
+def test_an_observer_that_raises_outside_of_a_message_costs_the_next_one_nothing(serve: Serve) -> None:
+    app = Milter("test")
+
+    @app.on_unknown
+    def observe(ctx: Context, command: str) -> None:
+        raise RuntimeError("of no message")
+
+    @app.on_eom
+    def at_the_end(ctx: EomContext) -> Status:
+        return Status.CONTINUE
+
+    client = serve(app).greeted()
+    client.unknown("FOO")
+    assert send_message(client).answer.verdict is Verdict.CONTINUE

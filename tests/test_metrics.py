@@ -318,3 +318,20 @@ def test_the_directory_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) ->
     assert os.environ["PROMETHEUS_MULTIPROC_DIR"] == "/of/the/users"
     assert values.ValueClass is before
     assert not directory.path.exists()
+
+
+def test_figures_are_told_at_an_address_of_ipv6(serve: Serve) -> None:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+    address = serve(Milter("test"), metrics="[::1]:0").server.metrics_address
+    assert str(address).startswith("[::1]:")
+    assert told(address)["milter_open_connections"] == 0
+
+
+@pytest.mark.parametrize("address", ["::1:9100", "host:", "host:x", "host:65536", ":9100"])
+def test_a_wrong_address_for_metrics_is_explained(address: str) -> None:
+    with pytest.raises(ValueError, match="is no address for metrics"):
+        metrics._host_and_port(address)

@@ -337,3 +337,17 @@ def test_bits_that_nobody_knows_are_not_remembered(serve: Serve) -> None:
     assert all(int(number) <= known for flags in offers for number, known in zip(flags, all_known, strict=True))
     for flags, known in zip((Actions, ProtocolOptions), all_known, strict=True):
         assert [number for number in flags._value2member_map_ if isinstance(number, int) and number > known] == []
+
+
+@pytest.mark.parametrize("steps", [0x1FFFFF, 0x7F])
+def test_a_handler_sees_whether_refused_recipients_will_be_shown(serve: Serve, steps: int) -> None:
+    app = Milter("test", rejected_recipients=True)
+    app.on_rcpt(observing)
+    seen: list[bool] = []
+
+    @app.on_negotiate
+    def negotiate(ctx: NegotiateContext) -> None:
+        seen.append(ctx.rejected_recipients)
+
+    serve(app).client().negotiate(steps=steps)
+    assert seen == [steps == 0x1FFFFF]

@@ -271,3 +271,8 @@ def test_an_eom_handler_gets_a_context_with_actions() -> None:
         ctx.add_header("X", "y")
 
     assert app.handlers[Stage.EOM][0].function is eom
+
+
+def test_a_negative_spool_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="spool_size must be 0 or more bytes, not -1"):
+        Milter("test", spool_size=-1)

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 from milter import MilterError
+from milter.loading import load
+from milter.supervisor import _how
 from milter.testing import AddHeader, Client, Verdict, WireError
 from tests.conftest import begin_message, send_content, send_message
 from tests.filter_process import PATIENCE, FilterProcess
@@ -617,3 +619,37 @@ def test_run_of_the_app_has_workers_too(tmp_path: Path) -> None:
         assert process.wait() == 0
     assert process.stdout.lines[-1] == "returned"
     assert process.stdout.lines.count("stop 1") == 4
+
+
+def test_systemd_is_told_at_an_abstract_address(run: Any) -> None:
+    name = f"milter-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0{name}")
+        manager.settimeout(PATIENCE)
+        run(environment={"NOTIFY_SOCKET": f"@{name}"})
+        assert manager.recv(100) == b"READY=1\n"
+
+
+def test_a_pidfile_that_became_somebody_else_s_is_left_alone(run: Any, tmp_path: Path) -> None:
+    process = run("--pidfile", str(tmp_path / "pid"))
+    process.starts(1)
+    (tmp_path / "pid").write_text("1\n")
+    process.stop()
+    assert (tmp_path / "pid").read_text() == "1\n"
+
+
+def test_ctrl_c_while_the_filter_is_imported_is_no_fault_of_the_filter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        load("interrupted:app")
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [(0, "ended with code 0"), (-9, "was killed by SIGKILL"), (-40, "was killed by signal 40")],
+)
+def test_the_end_of_a_worker_is_told_in_words(code: int, told: str) -> None:
+    assert _how(code) == told

@@ -82,3 +82,8 @@ def test_no_stage_before_a_message_knows_discard_and_an_unknown_command_can_only
     assert Status.DISCARD not in MEANINGFUL[Stage.CONNECT] | MEANINGFUL[Stage.HELO]
     assert MEANINGFUL[Stage.UNKNOWN] == {Status.CONTINUE, Status.REJECT, Status.TEMPFAIL}
     assert {stage for stage in Stage if Status.SKIP in MEANINGFUL[stage]} == {Stage.HEADER, Stage.BODY}
+
+
+def test_a_line_that_is_no_str_is_refused_by_its_number() -> None:
+    with pytest.raises(ValueError, match=r"line 2 of the reply must be a str, not b'two'"):
+        Reply(550, "5.7.1", "one", b"two")  # type: ignore[arg-type]

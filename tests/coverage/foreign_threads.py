@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A plugin of coverage.py: measure the threads of libmilter, too.
+"""A plugin of coverage.py: measure the threads of libmilter, and the workers to their end.
 
 coverage.py traces the threads that ``threading`` starts. Those of libmilter come from C, straight into
 ``milter.binding``. So the two functions that they enter are registered once more, with a step before them that
-begins to trace the thread. Used by scripts/coverage.sh only.
+begins to trace the thread.
+
+A worker is a fork, runs the functions of ``atexit`` by itself, and ends with ``os._exit``. coverage.py would end with
+the former, and saves with the latter, too. So in a fork it is taken off the former.
+
+Used by scripts/coverage.sh only.
 """
 
+import atexit
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -14,7 +21,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from coverage import CoveragePlugin
+from coverage import Coverage, CoveragePlugin
 from coverage.plugin_support import Plugins
 
 _MODULE = "milter.binding"
@@ -25,6 +32,13 @@ def coverage_init(registry: Plugins, options: object) -> None:
     """Called by coverage.py in each process, before anything of the library is imported."""
     registry.add_noop(CoveragePlugin())
     sys.meta_path.insert(0, _Finder())
+    os.register_at_fork(after_in_child=_measure_to_the_end)
+
+
+def _measure_to_the_end() -> None:
+    measuring = Coverage.current()
+    if measuring is not None:
+        atexit.unregister(measuring._atexit)
 
 
 class _Finder(MetaPathFinder):

