@@ -66,9 +66,17 @@ class Unreadable(Exception):
 class File:
     """An attachment, or a file in an archive."""
 
-    name: str
+    names: tuple[str, ...]
+    """Those that one program or another may show."""
     type: str = ""
     content: bytes = b""
+
+    @property
+    def name(self) -> str:
+        return next(filter(None, self.names), "without a name")
+
+    def ends_with(self, *ends: str) -> bool:
+        return any(visible(name).endswith(ends) for name in self.names)
 
 
 def filter_with(settings: Settings) -> Milter:
@@ -91,9 +99,10 @@ def filter_with(settings: Settings) -> Milter:
 
 def refused(file: File, settings: Settings) -> str:
     """Why this file is not accepted; empty if it is."""
-    extension = visible_name(file.name).rpartition(".")[2]
-    if "." in file.name and extension in settings.extensions:
-        return f"that end in .{extension}"
+    for name in file.names:
+        extension = visible(name).rpartition(".")[2]
+        if "." in name and extension in settings.extensions:
+            return f"that end in .{extension}"
     if file.type in settings.types:
         return f"of type {file.type}"
     if file.content.startswith(b"MZ") and b"PE\0\0" in file.content[:4096]:
@@ -101,7 +110,7 @@ def refused(file: File, settings: Settings) -> str:
     return ""
 
 
-def visible_name(name: str) -> str:
+def visible(name: str) -> str:
     """The name as Windows will take it: no characters that cannot be seen, no dots and spaces at its end."""
     shown = "".join(character for character in name if unicodedata.category(character) not in ("Cc", "Cf", "Cs"))
     return unicodedata.normalize("NFKC", shown).rstrip(". ").lower()
@@ -123,19 +132,32 @@ def files(message: EmailMessage, depth: int = 0) -> Iterator[File]:
         if part.is_multipart():
             continue
         content = part.get_payload(decode=True)
-        file = File(file_name(part), part.get_content_type(), content if isinstance(content, bytes) else b"")
+        file = File(tuple(names(part)), part.get_content_type(), content if isinstance(content, bytes) else b"")
         yield file
         if file.content.startswith(b"PK"):
             yield from archived(file, depth + 1)
-        elif visible_name(file.name).endswith(".eml") or file.type == "message/rfc822":
+        elif file.ends_with(".eml") or file.type == "message/rfc822":
             yield from files(message_from_bytes(file.content, policy=policy.default), depth + 1)
 
 
-def file_name(part: EmailMessage) -> str:
-    """Of Content-Disposition, or of the older Content-Type, in the two ways in which they are encoded."""
-    name = part.get_filename("")  # decodes RFC 2231, with its continuations
+# What programs take for the name, even where it is not written as it should be.
+NAME = re.compile(r"name\s*=\s*(\"[^\"]*|[^;]*)", re.IGNORECASE)
+
+
+def names(part: EmailMessage) -> Iterator[str]:
+    """All names of an attachment. Two programs may read two of them, so none is believed to be the one."""
+    yield part.get_filename("")  # decodes RFC 2231, with its continuations
+    yield str(part.get_param("name", ""))
+    for field, value in part.raw_items():
+        if field.lower() in ("content-disposition", "content-type"):
+            for name in NAME.findall(str(value)):
+                yield decoded(name.strip('" \t\r\n'))
+
+
+def decoded(name: str) -> str:
+    """RFC 2047, which does not belong there, and is there."""
     try:
-        return str(make_header(decode_header(name)))  # RFC 2047, which does not belong there, and is there
+        return str(make_header(decode_header(name)))
     except (HeaderParseError, LookupError, ValueError):
         return name
 
@@ -150,15 +172,16 @@ def archived(archive: File, depth: int) -> Iterator[File]:
             if len(entries) > MOST_ENTRIES:
                 raise Unreadable(f"{archive.name} has {len(entries)} files")
             for entry in entries:
-                yield File(entry.filename)
-                if visible_name(entry.filename).endswith((".zip", ".eml")):
-                    yield from inner(File(entry.filename, content=extracted(opened, entry)), depth)
+                file = File((entry.filename,))
+                yield file
+                if file.ends_with(".zip", ".eml"):
+                    yield from inner(File(file.names, content=extracted(opened, entry)), depth)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, EOFError) as problem:
         raise Unreadable(f"{archive.name}: {problem}") from problem
 
 
 def inner(file: File, depth: int) -> Iterator[File]:
-    if visible_name(file.name).endswith(".eml"):
+    if file.ends_with(".eml"):
         yield from files(message_from_bytes(file.content, policy=policy.default), depth + 1)
     else:
         yield from archived(file, depth + 1)

@@ -159,7 +159,7 @@ def subparts(part: Part) -> Iterator[tuple[int, int]]:
     start = None
     for match in delimiter.finditer(part.body):
         if start is not None:
-            yield start, max(start, match.start() - len(b"\r\n"))
+            yield start, match.start() - len(b"\r\n")
         if match[1]:
             return
         start = match.end()

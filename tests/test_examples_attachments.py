@@ -60,6 +60,18 @@ REFUSED = {
     "RFC 2231": message_with("attachment; filename*=utf-8''%73etup.e%78e"),
     "RFC 2231, continued": message_with("attachment; filename*0*=utf-8''s%65tup; filename*1=.e; filename*2*=%78e"),
     "RFC 2047": named("=?utf-8?B?c2V0dXAuZXhl?="),
+    "RFC 2047, not quoted": message_with("attachment; filename==?utf-8?B?c2V0dXAuZXhl?="),
+    "RFC 2047, in pieces": named("=?utf-8?Q?setup?= =?utf-8?Q?=2Eexe?="),
+    "RFC 2047, of the older name": message_with(
+        "attachment", type="application/octet-stream; name==?utf-8?B?c2V0dXAuZXhl?="
+    ),
+    "two names": message_with("attachment; filename=a.txt; filename=b.exe"),
+    "two names, one by RFC 2231": message_with("attachment; filename*=utf-8''a.txt; filename=b.exe"),
+    "two fields": message_with("attachment; filename=a.txt", type="application/octet-stream; name=b.exe"),
+    "spaces without quotes": message_with("attachment; filename=my setup.exe"),
+    "no semicolon": message_with("attachment filename=setup.exe"),
+    "no second quote": message_with('attachment; filename="setup.exe'),
+    "spaces around": message_with('attachment; FileName =\n "setup.exe"'),
     "inline": message_with("inline; filename=setup.exe"),
     "older name": message_with("attachment", type="application/octet-stream; name=setup.exe"),
     "type": message_with("attachment; filename=x", type="Application/X-MSDownload"),
@@ -130,13 +142,22 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> bytes:
     return zipped({"readme.txt": b"text"})[:-10]
 
 
-@pytest.mark.parametrize("make", [bomb, many, deep, encrypted, broken])
+UNREADABLE = {
+    bomb: "inner.zip is too large",
+    many: "a.zip has 4 files",
+    deep: "messages and archives are nested too deeply",
+    encrypted: "a.zip: File <ZipInfo filename='inner.zip'",
+    broken: "a.zip: File is not a zip file",
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), UNREADABLE.items())
 def test_an_archive_that_cannot_be_looked_into_is_refused(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, make: Callable[[pytest.MonkeyPatch], bytes]
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, make: Callable[[pytest.MonkeyPatch], bytes], reason: str
 ) -> None:
     content = named("a.zip", make(monkeypatch))
     closed = send(serve(filter_with(Settings())), content)
-    assert "cannot be checked" in refusal(closed)
+    assert f"an attachment cannot be checked: {reason}" in refusal(closed)
 
 
 def test_an_archive_that_cannot_be_looked_into_may_pass(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,17 @@ def test_a_charset_without_the_characters_becomes_utf_8(serve: Serve) -> None:
     assert field(message, "Content-Type") == 'text/plain; charset="utf-8"; format="fixed"'
 
 
+def test_a_long_line_is_encoded(serve: Serve) -> None:
+    message = footed(serve, "From: ann@client.example\n\nHi.\n", Settings("x" * 999))
+    assert field(message, "Content-Transfer-Encoding") == "quoted-printable"
+    assert max(map(len, message.body.split(b"\r\n"))) <= 76
+
+
+def test_the_last_end_of_an_html_body_counts(serve: Serve) -> None:
+    message = footed(serve, "Content-Type: text/html\n\n<!-- </body> -->Hi.</body>\n", Settings("", html="Bye."))
+    assert message.body == b"<!-- </body> -->Hi.\r\nBye.\r\n</body>\r\n"
+
+
 def test_plain_ascii_gets_a_footer_that_is_not(serve: Serve) -> None:
     message = footed(serve, "From: ann@client.example\n\nHi = hi.\n", Settings("Grüße\n"))
     assert parsed(message).get_content() == "Hi = hi.\r\n\r\nGrüße\r\n"
@@ -183,6 +194,9 @@ LEFT_ALONE = {
     "no boundary": b"Content-Type: multipart/mixed\n\nHi.\n",
     "cut short": b"Content-Type: multipart/mixed; boundary=b\n\n--b\n\nHi.\n",
     "broken base64": b"Content-Transfer-Encoding: base64\n\nA===B\n",
+    "strange base64": b"Content-Transfer-Encoding: base64\n\nSG!ku\n",
+    "escapes that say nothing": b"Content-Type: text/plain; charset=iso-2022-jp\n\n\x1b$B\x1b(BHi.\n",
+    "an empty part": b"Content-Type: multipart/mixed; boundary=b\n\n--b\n--b--\n",
     "unknown encoding": b"Content-Transfer-Encoding: x-uuencode\n\nHi.\n",
     "unknown charset": b"Content-Type: text/plain; charset=x-nobody\n\nHi.\n",
     "two part headers": b"Content-Type: multipart/mixed; boundary=b\n\n--b\nX: y\n--b--\n",
