@@ -4,6 +4,8 @@
 - *reloads*: two workers under steady load of eight connections are reloaded again and again. Messages that fail: none.
 - *kills*: workers are killed with SIGKILL under the same load. Only messages that were in that worker may fail.
 - *cores*: a filter that computes for a millisecond, with one worker and with two.
+- *threads*: one process of a free-threaded Python, with the GIL off and on: a filter that computes, and one that does
+  next to nothing.
 - *idle*: eight busy connections while 2,000 others are open, compared with the filter in C in the same state.
 - *stop*: the filter is stopped under load. No message may be accepted that it had not judged.
 """
@@ -17,6 +19,7 @@ import signal
 import socket
 import statistics
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -46,12 +49,12 @@ class Yard:
     names: Iterator[str]
 
     @contextlib.contextmanager
-    def running(self, module: str, workers: int, manager: str | None = None) -> Iterator[FilterProcess]:
-        """``milter run`` with one of the benchmark's filters."""
+    def running(self, module: str, workers: int, **variables: str) -> Iterator[FilterProcess]:
+        """``milter run`` with one of the benchmark's filters, and more variables of its environment."""
         command = [sys.executable, "-m", "milter", "run", f"{module}:app", "--workers", str(workers), "--socket"]
-        paths = [str(self.workshop.milter("static")), str(HERE / "filters")]
-        variables = {"PYTHONPATH": os.pathsep.join(paths)} | ({"NOTIFY_SOCKET": manager} if manager else {})
-        with FilterProcess(Program(command, variables), "unix", self.directory, next(self.names)) as process:
+        paths = [str(self.workshop.milter("static")), str(self.workshop.filters())]
+        program = Program(command, {"PYTHONPATH": os.pathsep.join(paths), **variables})
+        with FilterProcess(program, "unix", self.directory, next(self.names)) as process:
             yield process
 
     def load(self, process: FilterProcess, seconds: float) -> dict[str, Any]:
@@ -76,7 +79,7 @@ def reloads(yard: Yard, count: int) -> dict[str, Any]:
     manager = Manager(yard.directory / "notify")
     told: Counter[str] = Counter()
     over = threading.Event()
-    with yard.running("milter_message", 2, manager.path) as process:
+    with yard.running("milter_message", 2, NOTIFY_SOCKET=manager.path) as process:
         manager.wait_for(b"READY=1")
 
         def load() -> None:
@@ -115,6 +118,30 @@ def cores(yard: Yard, rounds: int) -> dict[str, Any]:
             alone = yard.load(one, 2.0)["per_second"]
             ratios.append(yard.load(two, 2.0)["per_second"] / alone)
     return {"rounds": rounds, "ratio": round(statistics.median(ratios), 2)}
+
+
+def threads(yard: Yard, rounds: int) -> dict[str, Any]:
+    if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return {"unavailable": "it needs a free-threaded Python, such as python3.14t"}
+    return {
+        "rounds": rounds,
+        **_side_by_side(yard, "computing", rounds),
+        **_side_by_side(yard, "milter_message", rounds),
+    }
+
+
+def _side_by_side(yard: Yard, module: str, rounds: int) -> dict[str, Any]:
+    """Messages of threads side by side, for each one of threads one at a time."""
+    with yard.running(module, 1, PYTHON_GIL="0") as free, yard.running(module, 1, PYTHON_GIL="1") as bound:
+        ratios, rates = [], []
+        for _ in range(rounds):
+            alone = yard.load(bound, 2.0)["per_second"]
+            rates.append(yard.load(free, 2.0)["per_second"])
+            ratios.append(rates[-1] / alone)
+    return {
+        f"{module}_per_second": round(statistics.median(rates)),
+        f"{module}_ratios": [round(ratio, 2) for ratio in sorted(ratios)],
+    }
 
 
 def idle(yard: Yard, rounds: int) -> dict[str, Any]:
@@ -177,6 +204,7 @@ PARTS: dict[str, tuple[Callable[[Yard, int], dict[str, Any]], int]] = {
     "reloads": (reloads, 100),
     "kills": (kills, 50),
     "cores": (cores, 5),
+    "threads": (threads, 5),
     "idle": (idle, 5),
     "stop": (stop, 10),
 }

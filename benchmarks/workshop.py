@@ -43,8 +43,20 @@ class Workshop:
             command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(place / "build")]
             _run([*command, "--build-lib", str(place)], {"MILTER_LINK": link}, TREE)
             shutil.rmtree(place / "build")
+            _compile_python(place)
 
         return self._once(f"milter-{link}", sources, make, sys.version)
+
+    def filters(self) -> Path:
+        """A directory to import the benchmark's filters from."""
+        sources = sorted((HERE / "filters").glob("*.py"))
+
+        def make(place: Path) -> None:
+            for source in sources:
+                shutil.copy(source, place)
+            _compile_python(place)
+
+        return self._once("filters", sources, make, sys.version)
 
     def environment(self, requirement: str) -> Path:
         """The interpreter of a virtual environment that has a package of another author."""
@@ -106,6 +118,11 @@ def libmilter_flags() -> list[str]:
     """As pkg-config knows them, or the linker by itself."""
     found = subprocess.run(["pkg-config", "--cflags", "--libs", "milter"], capture_output=True, text=True, check=False)
     return shlex.split(found.stdout) if found.returncode == 0 else ["-lmilter"]
+
+
+def _compile_python(place: Path) -> None:
+    """As pip does it. Without the GIL it counts: constants of a module that is compiled in memory are slower."""
+    _run([sys.executable, "-m", "compileall", "-q", str(place)])
 
 
 def _files(directory: Path) -> list[Path]:

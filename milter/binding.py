@@ -14,6 +14,15 @@ The life of a call, from here on (its beginning, in C, is told in shim/milter_sh
    and answers as a temporary one.
 
 Only this module and :mod:`milter.libmilter` touch ``ffi`` and ``lib``.
+
+The invariants, with and without the GIL:
+
+- The events of a session come one at a time, and what one call wrote the next one sees, on whatever thread:
+  libmilter hands a session over under a lock. So what belongs to a session or to a call needs no lock of its own.
+- Sessions run side by side, and so do this module's functions. What they share is changed by single operations of a
+  dict alone, which are atomic: ``_engines`` here, the tables of connections, accounts and progress elsewhere.
+- A context may be kept, and used by any thread at any time. It is the session's lock in the shim that decides, by
+  the token, whether the call still lasts; what Python knows of that is never trusted.
 """
 
 import errno
@@ -30,6 +39,7 @@ from milter._shim import ffi, lib
 from milter.edits import Change
 from milter.engine import CONTINUE, GO_ON, Answer, Engine, Negotiation
 from milter.errors import ActionError, ContextError
+from milter.gil import gil_is_on
 from milter.plan import Plan
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, known_actions, known_options
 from milter.verdict import Reply
@@ -238,7 +248,7 @@ def _read_file(file: int, offset: int, size: int) -> bytes:
     parts = []
     while size > 0:
         part = os.pread(file, size, offset)
-        if not part:
+        if not part:  # pragma: no cover (nobody else has this file, and it only grows)
             raise OSError(errno.EIO, "the temporary file of the message is shorter than what was written")
         parts.append(part)
         offset += len(part)
@@ -261,7 +271,9 @@ def _crashed(kind: type[BaseException], failure: BaseException, traceback: Any) 
 
 @ffi.def_extern(error=0, onerror=_crashed)
 def milter_python_enter(event: Any) -> int:
-    engine = _engines[event.app]
+    engine = _engines.get(event.app)
+    if engine is None:
+        return 0
     if event.ended_count:
         engine.forget(event.ended[0 : event.ended_count])
     stage = _STAGES[event.stage]
@@ -298,7 +310,8 @@ def _end_of_message(engine: Engine, call: SessionCall, event: Any, text: str) ->
 def _leave_changes(event: Any, changes: Sequence[Change]) -> None:
     """Tell the shim what to send once Python is left; the format is told in shim/changes.c."""
     packed = b"".join([_packed(change) for change in changes])
-    if len(packed) > event.changes_capacity and not lib.milter_reserve_changes(event, len(packed)):
+    has_room = len(packed) <= event.changes_capacity or lib.milter_reserve_changes(event, len(packed))
+    if not has_room:  # pragma: no cover (memory does not run out in tests)
         raise MemoryError("no memory for the changes of a message")
     ffi.memmove(event.changes, packed, len(packed))
     event.changes_size = len(packed)
@@ -309,7 +322,7 @@ def _packed(change: Change) -> bytes:
     if letter == "b":
         return b"b\0%d\0%b" % (len(arguments[0]), arguments[0])
     packed = b"\0".join((letter.encode("ascii"), *arguments, b""))
-    if packed.count(b"\0") != len(arguments) + 1:
+    if packed.count(b"\0") != len(arguments) + 1:  # pragma: no cover (milter.checks has refused it)
         raise ValueError(f"{change!r} has a NUL, where it would begin another change")
     return packed
 
@@ -325,7 +338,9 @@ def milter_python_negotiate(
     actions: Any,
     steps: Any,
 ) -> int:
-    engine = _engines[app]
+    engine = _engines.get(app)
+    if engine is None:
+        return 0
     call = SessionCall(session, token, Stage.NEGOTIATE, engine.plan, 0, 0)
     negotiation = Negotiation(engine.plan, offered_actions, offered_steps, actions[0], steps[0])
     if not engine.negotiate(call, number, negotiation):
@@ -338,13 +353,26 @@ def milter_python_negotiate(
     return _ANSWERED
 
 
+def _rehearse() -> None:
+    """Go both ways in once, for no filter, before there are other threads.
+
+    At the first call cffi finds the function of a way in, and keeps it for the next ones, in two words that it writes
+    without a lock. A second thread that came at that moment could find the first word, and crash for lack of the other.
+    """
+    lib.milter_python_enter(ffi.new("struct milter_event *"))
+    lib.milter_python_negotiate(ffi.NULL, 0, 0, 0, 0, 0, ffi.NULL, ffi.NULL)
+
+
+_rehearse()
+
+
 def _encoded(answer: Answer, call: SessionCall) -> int:
     if answer is GO_ON:
         return _ANSWERED
     decision, owes, tracks, holds = answer
     number = _ANSWERED
     if isinstance(decision, Reply):
-        if not call.set_reply(decision):
+        if not call.set_reply(decision):  # pragma: no cover (a Reply is checked as libmilter does when it is made)
             log.error("libmilter refused the reply %r; the MTA sends its default text", decision)
         decision = decision.status
     if decision is not CONTINUE:
@@ -382,7 +410,7 @@ class Run:
         if engine.ledger is not None and engine.ledger.open_connections is not None:
             plan.open_sessions = _place(engine.ledger.open_connections)
         self._run = lib.milter_begin(plan)
-        if not self._run:
+        if not self._run:  # pragma: no cover (memory does not run out in tests)
             raise MemoryError("no memory for a run of the filter")
         if engine.progress is not None:
             engine.progress.start()
@@ -449,7 +477,7 @@ def _shim_plan(plan: Plan, number: int) -> tuple[Any, list[Any]]:
     struct.negotiates = plan.negotiates
     struct.gathers = plan.gathers
     struct.leading_space = plan.shows_leading_space
-    struct.waits = plan.waits
+    struct.straight = plan.waits or not gil_is_on()
     struct.spool_size = plan.spool_size
     struct.spool_directory = directory = ffi.new("char[]", os.fsencode(plan.spool_directory))
     texts = [directory]

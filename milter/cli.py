@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from milter import checker, inspector, run_command
 from milter._version import VERSION
+from milter.gil import python_version
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,5 +49,5 @@ def _version(parsed: argparse.Namespace) -> int:
     print(f"milter {VERSION}")
     print(f"libmilter {running} running, {compiled} compiled against")
     print(f"libmilter is linked {libmilter.link}")
-    print(f"Python {'.'.join(map(str, sys.version_info[:3]))}")
+    print(python_version())
     return 0

@@ -14,9 +14,12 @@ call. For each event
 At the end of a message, handlers of on_message get all of it; what they edited is left with the call, to be sent
 before the verdict. The answer to the last event goes back. An exception of the engine itself is the binding's business.
 
-Threads: a connection's events come one at a time, each on any thread; so a Conversation needs no lock.
-Different connections run side by side. An Engine's table of connections is changed by single dict
-operations, which are atomic.
+Threads: a connection's events come one at a time, each on any thread, and each sees what the one before has
+written; so a Conversation needs no lock. Different connections run side by side, without the GIL even at the same
+moment. What they share: the Engine, its plan and its steps, which nobody changes once it was made; the ledger and
+the table of progress, see there; and the table of connections, which is changed by single operations of a dict,
+which are atomic. There the entry of a connection is touched by its own events, and by :meth:`Engine.forget` when
+there will be none any more.
 """
 
 import itertools
@@ -231,7 +234,7 @@ class Engine:
     def close(self) -> None:
         """No event comes any more. A message that is still under way the shim fails."""
         if self.ledger is not None:
-            for connection in list(self._connections.values()):
+            for connection in self._connections.copy().values():
                 self.ledger.left(connection)
 
     def enter(self, call: Call, number: int, text: str) -> Answer:

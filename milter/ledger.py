@@ -18,8 +18,9 @@ each message, and an account that is left when its connection is gone is closed 
 A record says what the filter decided. The verdict may still be lost on its way to the MTA, as when the MTA
 hangs up; the MTA then does what its configuration says of a filter that fails.
 
-Threads: a connection's events come one at a time, so an account needs no lock; the table of accounts is
-changed by single dict operations.
+Threads: a connection's events come one at a time, so an account needs no lock; the tables are changed by single
+operations of a dict, which are atomic, and each entry by the events of its own connection. Logging and metrics have
+locks of their own.
 """
 
 import contextlib

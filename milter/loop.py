@@ -14,6 +14,9 @@ The invariants:
 - A job is among the open ones from its submission until it is settled. Who takes it from there, under the lock
   of the loop, settles it; so each job is settled once, and whatever happens to the loop, nobody waits for ever: what
   is open when the loop ends is settled then.
+- `task` and `cancelled_because` are the loop's thread's alone. It looks without the lock whether a job is still
+  open: that is one operation of a set, which is atomic, and what was taken a moment later is found out by
+  the one who settles.
 - Time is kept by those who wait, not by the loop, which a coroutine may block.
 - A job that was cancelled has failed, even if its coroutine catches that and returns something: it is never
   taken for a verdict.

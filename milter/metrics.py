@@ -196,7 +196,7 @@ class Directory:
         for file in self.path.glob(f"{_OPEN}*"):
             with contextlib.suppress(FileNotFoundError):  # its process has ended meanwhile
                 page = file.read_bytes()
-                if page:  # else it begins at this moment
+                if page:  # pragma: no branch (else it begins at this moment)
                     yield page
 
 

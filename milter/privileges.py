@@ -30,7 +30,7 @@ class Identity:
             raise MilterError(
                 f"cannot become the user {self.name}: {failure.strerror}; only root may become another user"
             ) from failure
-        if self.user != 0 and _is_root_again():
+        if self.user != 0 and _is_root_again():  # pragma: no cover (setuid does what it says where tests run)
             raise MilterError(f"the process became the user {self.name}, but could become root again: not started")
         os.environ.update(HOME=self.home, USER=self.name, LOGNAME=self.name)
 

@@ -61,6 +61,7 @@ class Server:
         self._run: Run | None = None
         self._loop = NoEventLoop()
         self._exporter: Exporter | None = None
+        self._failing = threading.Lock()
         self._failure: HandlerError | None = None
         self._stopped = False
         self._gave_up = False
@@ -193,8 +194,8 @@ class Server:
 
     def _shut_down(self, failure: HandlerError) -> None:
         """By the engine, on a thread of libmilter: on_error="shutdown"."""
-        if self._failure is None:
-            self._failure = failure
+        with self._failing:
+            self._failure = self._failure or failure  # the first one
         self.request_stop()
 
     def __enter__(self) -> "Server":

@@ -5,7 +5,7 @@
 #   sh scripts/coverage.sh [arguments for pytest]
 #
 # Measured are the tests' own process, the processes they start, forked workers, and libmilter's threads. Fails if
-# less than 95 % of the package's lines and branches were run. Without tests that only measure time or memory.
+# less than 95 % of the package's lines and branches were run. Without fuzzing, and tests that only measure time or memory.
 #
 # Makes .venv-coverage in the project directory; coverage/ there has the report, coverage/html/index.html to read it.
 # PYTHON names the interpreter [python3].
@@ -16,7 +16,7 @@ CDPATH='' cd -- "$(dirname -- "$0")/.."
 
 LEAST=95
 TESTS="--ignore tests/test_stress.py --ignore tests/test_io_stress.py --ignore tests/test_typing.py
-    --ignore tests/test_benchmarks.py --ignore tests/test_leaks.py --ignore tests/test_build.py"
+    --ignore tests/test_benchmarks.py --ignore tests/test_leaks.py --ignore tests/test_build.py --ignore tests/fuzz"
 # Where no file may grow, the data cannot be written either.
 TESTS="$TESTS --deselect tests/miltertest/test_scenarios.py::test_full_disk[limit]"
 

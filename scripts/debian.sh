@@ -120,6 +120,26 @@ apt_install_postfix() (
     apt_install postfix && [ -x /usr/sbin/postfix ]
 )
 
+# Print the directory of Sendmail's source, unpacked in $1, from Debian's or Ubuntu's source package; nothing, if that
+# cannot be had. Nothing of the system is changed: apt-get gets its own lists, and the system's places for sources.
+debian_source() (
+    if ! has apt-get; then return; fi
+    mkdir -p "$1/sources" "$1/lists/partial" "$1/cache/archives/partial" "$1/source"
+    for list in /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources; do
+        if [ -e "$list" ]; then
+            sed -e 's/^deb /deb-src /' -e 's/^Types:.*/Types: deb-src/' "$list" >"$1/sources/${list##*/}"
+        fi
+    done
+    cd "$1/source" || return
+    set -- -qq -o Dir::Etc::sourcelist=- -o Dir::Etc::sourceparts="$1/sources" \
+        -o Dir::State::lists="$1/lists" -o Dir::Cache="$1/cache" -o APT::Sandbox::User=root
+    # Somebody else's repository may have no sources.
+    apt-get "$@" update >/dev/null 2>&1 || true
+    if apt-get "$@" source --download-only sendmail >/dev/null 2>&1; then
+        mkdir tree && tar -xzf sendmail_*.orig.tar.gz -C tree --strip-components=1 && echo "$PWD/tree"
+    fi
+)
+
 # Postfix for the tests. Where it cannot be had, says why: its tests are skipped then, and fail under CI.
 install_postfix() {
     if [ -x /usr/sbin/postfix ]; then return; fi

@@ -13,7 +13,8 @@
 #   KIND=select  the same, and it waits with select: what Sendmail's own build makes
 #
 # Makes DIRECTORY/include/libmilter and DIRECTORY/lib with libmilter.a (of position-independent code), libmilter.so
-# and pkgconfig/milter.pc. With PKG_CONFIG_PATH=DIRECTORY/lib/pkgconfig the project is built with it.
+# and pkgconfig/milter.pc; and DIRECTORY/share with the archive, if it was one. With
+# PKG_CONFIG_PATH=DIRECTORY/lib/pkgconfig the project is built with it.
 # CC, AR and CFLAGS name the compiler, the archiver and the compiler's options.
 
 set -eu
@@ -45,6 +46,8 @@ source_tree() {
     check_sum "$archive"
     mkdir "$work/source"
     tar -xzf "$archive" -C "$work/source" --strip-components=1
+    mkdir -p "$prefix/share"
+    cp "$archive" "$prefix/share/sendmail.$SENDMAIL_VERSION.tar.gz"
     echo "$work/source"
 }
 
@@ -89,14 +92,22 @@ options_of() {
 compile() {
     # Word by word: options.
     # shellcheck disable=SC2086
-    ${CC:-cc} -std=gnu17 -w $CFLAGS -fPIC -pthread $options \
-        -DNOT_SENDMAIL -Dsm_snprintf=snprintf -DNETINET6=1 \
+    ${CC:-cc} -std=gnu17 -w -Werror=implicit-function-declaration $CFLAGS -fPIC -pthread $options \
+        -DNOT_SENDMAIL -Dsm_snprintf=snprintf -DNETINET6=1 -DNEEDSGETIPNODE=1 -DHAS_GETHOSTBYNAME2=1 -DHASSTRERROR=1 \
+        -DSOCKADDR_LEN_T=socklen_t -DSOCKOPT_LEN_T=socklen_t \
         -I"$work" -I"$source/include" -I"$source/sendmail" -I"$source/libmilter" -c "$1" -o "$2"
 }
 
+# Two headers in the place of Sendmail's and the kernel's own: those want the kernel's headers to be installed, and
+# a file that only glibc has. What they say beyond this, libmilter does not use.
+headers() {
+    mkdir "$work/linux"
+    echo '#define LINUX_VERSION_CODE KERNEL_VERSION(3, 0, 0)' >"$work/linux/version.h"
+    printf '#define SM_OS_NAME "linux"\n#define SM_CONF_SYS_CDEFS_H 0\n' >"$work/sm_os.h"
+}
+
 compile_all() {
-    # The header for the system is named so by Sendmail's own build.
-    cp "$source/include/sm/os/sm_os_linux.h" "$work/sm_os.h"
+    headers
     for name in $LIBRARY; do compile "$source/libmilter/$name.c" "$work/$name.o"; done
     for name in $COMMON; do compile "$source/libsm/$name.c" "$work/$name.o"; done
 }
@@ -109,7 +120,7 @@ install_all() {
     # shellcheck disable=SC2086
     ${AR:-ar} rc "$prefix/lib/libmilter.a" "$work"/*.o
     # shellcheck disable=SC2086
-    ${CC:-cc} -shared -pthread -Wl,-soname,libmilter.so "$work"/*.o -o "$prefix/lib/libmilter.so"
+    ${CC:-cc} -shared -pthread -Wl,-z,defs -Wl,-soname,libmilter.so "$work"/*.o -o "$prefix/lib/libmilter.so"
     cat >"$prefix/lib/pkgconfig/milter.pc" <<END
 Name: milter
 Description: Sendmail's library for mail filters

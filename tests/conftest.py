@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from milter import Milter, Server
 from milter.testing import Client, EndOfMessage
 
 # By its entry point, where the package is installed.
 pytest_plugins = ["pytest_milter"]
+
+# What a test finds says nothing of how busy the machine is.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 Serve: TypeAlias = Callable[..., "Peer"]
 

@@ -67,6 +67,14 @@ class Output:
             raise AssertionError(f"{self._name} {state} without {text!r}:\n{self.text}")
         return line
 
+    def wait_until(self, condition: Callable[[list[str]], bool]) -> list[str]:
+        """The lines, once the condition holds for them; waits for it."""
+        with self._news:
+            self._news.wait_for(lambda: self._ended or condition(self._lines), PATIENCE)
+            lines = list(self._lines)
+        assert condition(lines), f"what is waited for does not come:\n{self.text}"
+        return lines
+
     def wait_for_count(self, text: str, count: int) -> None:
         """Wait until so many lines contain `text`."""
         with self._news:
@@ -199,6 +207,11 @@ class FilterProcess:
         for output in (self.stdout, self.stderr, self.log):
             output.finish()
         return code
+
+    def kill(self) -> None:
+        """End it without asking, and wait for that."""
+        self._process.kill()
+        self.wait()
 
     def stop(self) -> None:
         """SIGTERM; it must end with exit code 0."""

@@ -11,10 +11,20 @@ import sys
 from pathlib import Path
 
 import milter
+from build_milter import undefined_symbols
 from milter.libmilter import libmilter
 
 REPOSITORY = Path(__file__).parent.parent
 TESTED = Path(milter.__file__).parent
+
+
+def waits_with_select() -> bool:
+    """Was libmilter built to wait with select? Then it serves no descriptor above 1023."""
+    maps = Path("/proc/self/maps")
+    if libmilter.redirected or not maps.exists():
+        return False
+    loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "/libmilter.so" in line}
+    return any("select" in undefined_symbols(Path(path), "-D") for path in loaded)
 
 
 def built_library(link: str, directory: Path) -> Path | None:

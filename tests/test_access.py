@@ -631,3 +631,9 @@ def test_the_line_is_written_whatever_other_levels_are_shown(serve: Serve, caplo
     caplog.handler.setLevel(logging.NOTSET)
     send_message(serve(Milter("test"), access_log=True).greeted())
     assert [record.name for record in caplog.records] == ["milter.access"]
+
+
+def test_no_line_is_made_where_nobody_wants_one(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING", "milter.access")
+    send_message(serve(Milter("test"), access_log=True).greeted())
+    assert [record for record in caplog.records if record.name == "milter.access"] == []

@@ -470,3 +470,12 @@ def test_with_an_always_defined_macro_in_the_list_the_last_messages_macros_are_g
         client.mail("<ann>")
         client.abort()
     assert seen == ["ann", None]
+
+
+def test_an_expired_context_does_not_fool_the_tools_of_python(serve: Serve) -> None:
+    app = Milter("test")
+    kept: list[Any] = []
+    app.on_helo(lambda ctx, name: kept.append(ctx))
+    serve(app).greeted()
+    # Debuggers and copiers ask whatever they meet for such names, and take no other exception for an answer.
+    assert not hasattr(kept[0]._call, "__deepcopy__")

@@ -87,6 +87,12 @@ def test_the_callers_pkg_config_path_is_kept_beside_ours(monkeypatch: pytest.Mon
     assert asked == ["/opt/a", os.pathsep.join([str(build_milter.HERE), "/opt/a"])]
 
 
+def test_options_for_the_linker_reach_it_and_not_the_compiler() -> None:
+    flags = ["-I/opt/a", "-L/opt/b", "-Wl,-rpath,/opt/b", "-DX", "-lmilter"]
+    assert build_milter.linker_options(flags) == ["-Wl,-rpath,/opt/b"]
+    assert build_milter.other(flags) == ["-DX"]
+
+
 # ---- The static library
 
 
@@ -151,9 +157,9 @@ def test_an_archive_whose_code_cannot_be_moved_is_not_linked(monkeypatch: pytest
 
 
 def test_a_linker_that_redirects_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make_archive(tmp_path / "a", calls(*USUAL), "-fPIC")
     monkeypatch.setenv("CC", without_wrap(tmp_path, "accept"))
-    with pytest.raises(build_milter.Unsuitable, match="the linker did not redirect accept"):
-        build_milter.suitable_archive(build_milter.libmilter_flags())
+    assert unsuitable(monkeypatch, tmp_path / "a") == "the linker did not redirect accept"
 
 
 def without_wrap(directory: Path, name: str, only_for: str = "") -> str:
@@ -175,6 +181,8 @@ def test_a_missing_archive_is_told_and_the_shared_library_is_linked(
     script = 'case "$*" in *-print-file-name*) echo libmilter.a ;; *) exec cc "$@" ;; esac'
     monkeypatch.setenv("CC", executable(tmp_path / "cc", script))
     monkeypatch.delenv("MILTER_LINK", raising=False)
+    pkg_config_file(tmp_path / "pc", "-I/usr/include")
+    monkeypatch.setenv("PKG_CONFIG_PATH", str(tmp_path / "pc"))
     assert build_milter.chosen_archive(build_milter.libmilter_flags()) is None
     said = capsys.readouterr().err
     assert said == build_milter.SHARED_INSTEAD.format(reason="there is no libmilter.a") + "\n"

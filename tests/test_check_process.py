@@ -28,12 +28,19 @@ def run_filter() -> Iterator[RunFilter]:
 
 def interrupted(process: FilterProcess, *arguments: str) -> tuple[int, str]:
     """Ctrl-C once the filter, filters/slow.py, has the second message; exit code and output."""
-    command = subprocess.Popen([*COMMAND, process.socket, *arguments], stdout=subprocess.PIPE, text=True)
+    command = subprocess.Popen(
+        [*COMMAND, process.socket, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     process.say("go on")
     process.stdout.wait_for_count("at the end of a message", 2)
-    command.send_signal(signal.SIGINT)
-    output, _ = command.communicate(timeout=PATIENCE)
+    os.killpg(command.pid, signal.SIGINT)  # as a terminal does: to all of its processes
+    output, errors = command.communicate(timeout=PATIENCE)
     process.end_input()
+    assert errors == ""
     return command.returncode, output
 
 

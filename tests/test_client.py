@@ -653,3 +653,10 @@ def test_finishing_never_fails_even_if_the_milter_went_first(play: Play) -> None
     milter.join()
     client.finish()
     assert transcript.outcome is Outcome.ACCEPTED
+
+
+def test_a_connection_on_which_nothing_was_said_can_be_finished(play: Play) -> None:
+    client, milter = play()
+    client.negotiate()
+    client.finish()
+    assert sent(client, milter).letters == "OQ"

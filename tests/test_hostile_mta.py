@@ -311,6 +311,21 @@ def test_a_piece_of_the_body_with_the_end_of_the_message_is_observed_before_it(s
     assert events == [b"the rest\r\n", b"end"]
 
 
+@pytest.mark.parametrize("length", [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x80\0\0\1"], ids=bytes.hex)
+def test_a_length_without_a_meaning_changes_nothing_for_the_packets_after_it(serve: Serve, length: bytes) -> None:
+    """libmilter takes it for a packet without data."""
+    app = Milter("test")
+    app.on_body(lambda ctx, chunk: Status.REJECT)
+    app.on_eom(lambda ctx: Status.CONTINUE)
+    client = serve(app).greeted()
+    client._socket.sendall(length + b"E")
+    begin_message(client)
+    client.eoh()
+    answer = client.body(b"text\r\n")
+    assert answer is not None
+    assert answer.verdict is Verdict.REJECT
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_conversations_harm_nobody(peer: Peer, seed: int) -> None:
     choose = random.Random(seed)

@@ -192,3 +192,13 @@ def test_help_names_the_commands() -> None:
     for command in ("inspect", "check", "version"):
         assert command in output
     milter("nonsense", code=2)
+
+
+def test_inspect_shows_a_client_without_an_address(run_filter: RunFilter) -> None:
+    inspector = run_filter("-m", "milter", "inspect", "inet:0@127.0.0.1")
+    client = Client.connect(inspector.socket)
+    client.negotiate()
+    client.connect_info("unknown", None)
+    client.close()
+    inspector.stdout.wait_for("CLOSE")
+    assert "    address      unknown" in inspector.stdout.lines

@@ -29,7 +29,7 @@ import pytest
 from milter.listener import connect
 from milter.testing.wire import Decoder, Packet
 from tests.filter_process import PATIENCE, FilterProcess, running_filters
-from tests.links import built_library
+from tests.links import built_library, waits_with_select
 
 MODES = ("replying", "silent")
 LINKS = ("static", "shared")
@@ -312,6 +312,10 @@ def test_a_packet_above_the_maximal_size_ends_the_session(staged: Staged, links:
     assert calls[-2:] == ["abort", "close"]
 
 
+only_with_poll = pytest.mark.skipif(waits_with_select(), reason="select serves no descriptor above 1023")
+
+
+@only_with_poll
 @pytest.mark.parametrize("mode", MODES)
 def test_descriptors_above_1024(staged: Staged, links: list[str], mode: str) -> None:
     allow_descriptors(2100)
@@ -510,6 +514,7 @@ def offered(stage: Stage, count: int) -> list[Connection]:
     return connections
 
 
+@only_with_poll
 @pytest.mark.skipif(not Path(STATM.format("self")).exists(), reason="the size of a process is told in /proc")
 def test_two_thousand_connections_at_once(staged: Staged, links: list[str]) -> None:
     allow_descriptors(MANY + 100)

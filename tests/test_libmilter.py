@@ -3,11 +3,15 @@
 
 import os
 import socket
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from milter import descriptors
+from milter.errors import MilterError
 from milter.libmilter import Libmilter, libmilter
+from milter.standins import Placeholder, unreachable_listener
 
 
 @pytest.mark.parametrize(
@@ -31,3 +35,20 @@ def test_descriptors_are_found_without_proc_too(monkeypatch: pytest.MonkeyPatch)
     with socket.socket() as known:
         monkeypatch.setattr(os, "listdir", refused)
         assert known.fileno() in [descriptor for descriptor, _ in descriptors.sockets()]
+
+
+def test_a_long_directory_for_temporary_files_is_too_long_for_a_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    unreachable_listener().close()
+    assert list(long.iterdir()) == []
+
+
+def test_a_socket_that_libmilter_did_not_open_is_not_found() -> None:
+    with Placeholder(socket.AF_INET) as placeholder:
+        next(placeholder.specifications())
+        with pytest.raises(MilterError, match="listening socket was not found"):
+            placeholder.find()

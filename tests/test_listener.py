@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Sockets by name: each mistake is an exception that says what, where and what to do."""
 
+import errno
 import logging
 import os
+import re
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -288,3 +291,87 @@ def test_connecting_to_nobody_is_told(path: Path) -> None:
         connect(f"unix:{path}", 5)
     with pytest.raises(SocketError, match="not connected to"):
         connect("fd:3", 5)
+
+
+# ---- What the system refuses
+
+
+def refused(number: int) -> Callable[..., Any]:
+    """A system call that fails, which root, who may do everything, cannot bring about otherwise."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.EACCES, "Permission denied; the user that runs the filter needs write permission in"),
+        (errno.EADDRINUSE, "another process was faster"),
+        (errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_a_unix_socket_that_cannot_be_bound_is_explained(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int, reason: str
+) -> None:
+    monkeypatch.setattr(socket.socket, "bind", refused(number), raising=False)
+    with pytest.raises(SocketError, match=re.escape(f"cannot listen at {path}: {reason}")):
+        listen(f"unix:{path}")
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.EACCES, "Permission denied; ports below 1024 need privileges"),
+        (errno.EADDRNOTAVAIL, "this machine has no such address"),
+        (errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_an_inet_socket_that_cannot_be_bound_is_explained(
+    monkeypatch: pytest.MonkeyPatch, number: int, reason: str
+) -> None:
+    monkeypatch.setattr(socket.socket, "bind", refused(number), raising=False)
+    with pytest.raises(SocketError, match=re.escape(f"cannot listen on inet:3000@127.0.0.1: {reason}")):
+        listen("inet:3000@127.0.0.1")
+
+
+def test_a_socket_that_was_left_behind_and_cannot_be_removed_is_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    monkeypatch.setattr(Path, "unlink", refused(errno.EROFS))
+    with pytest.raises(SocketError, match="cannot be removed: Read-only file system"):
+        listen(f"unix:{path}")
+
+
+def test_a_socket_that_cannot_be_looked_at_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "stat", refused(errno.EACCES))
+    with pytest.raises(SocketError, match="Permission denied"):
+        listen(f"unix:{path}")
+
+
+def test_a_passed_socket_that_cannot_listen_is_told() -> None:
+    with socket.socket() as passed, socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        passed.connect(other.getsockname())
+        with pytest.raises(SocketError, match=f"cannot listen on fd:{passed.fileno()}: Invalid argument"):
+            listen(f"fd:{passed.fileno()}")
+
+
+def test_a_socket_that_stays_behind_is_no_error(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "milter")
+    listener = listen(f"unix:{path}")
+    monkeypatch.setattr(Path, "unlink", refused(errno.EACCES))
+    listener.close()
+    assert f"the socket {path} stays behind (Permission denied)" in caplog.text
+
+
+def test_a_descriptor_is_nothing_to_connect_to() -> None:
+    with pytest.raises(SocketError, match="fd:3 can be listened on, not connected to"):
+        connect("fd:3", 1.0)

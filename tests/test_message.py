@@ -681,3 +681,11 @@ def test_a_large_body_is_compared_without_being_loaded(read_before: bool) -> Non
 
 def test_the_message_says_what_it_is() -> None:
     assert repr(message_of(body=b"x")) == "<Message from 'ann@client.example' to 1 recipients, body of 1 bytes>"
+
+
+def test_a_message_of_python_s_own_can_be_opened_as_a_file() -> None:
+    message = Message(MemoryContent([(b"A", b" 1")], b"text\r\n"), Address("a@x"), [Address("b@x")])
+    with message.open() as file:
+        assert file.read() == b"A: 1\r\n\r\ntext\r\n"
+        file.close()
+    assert file.closed

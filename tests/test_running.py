@@ -20,6 +20,7 @@ from milter.libmilter import libmilter
 from milter.testing import Client, PeerClosed, Verdict, WireError
 from tests.conftest import Serve, begin_message, send_content, send_message
 from tests.filter_process import FilterProcess, RunFilter, running_filters
+from tests.links import waits_with_select
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
@@ -410,6 +411,7 @@ def test_a_stop_can_be_asked_for_by_a_handler(run_filter: RunFilter) -> None:
     assert process.wait() == 0
 
 
+@pytest.mark.skipif(waits_with_select(), reason="libmilter tries again for two minutes")
 def test_libmilter_giving_up_is_an_error(run_filter: RunFilter) -> None:
     process = run_filter("tests/filters/ends_itself.py", "inet:0@127.0.0.1", "break")
     specification = process.socket
@@ -418,6 +420,14 @@ def test_libmilter_giving_up_is_an_error(run_filter: RunFilter) -> None:
         Client.connect(specification).close()
     assert process.wait() == 1
     assert "MilterError: libmilter has stopped serving" in process.stderr.lines[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how much stack threads get cannot be told here")
+def test_handlers_have_enough_stack_where_threads_get_little(run_filter: RunFilter) -> None:
+    process = run_filter("tests/filters/stacks.py", "inet:0@127.0.0.1")
+    greeted(process).close()
+    process.stop()
+    assert int(process.stdout.lines[0]) >= 8 * 1024 * 1024 - 64 * 1024, "but for what the system takes of it"
 
 
 def test_the_debug_level_shows_what_libmilter_does(run_filter: RunFilter) -> None:

@@ -3,6 +3,7 @@
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.message import EmailMessage
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -27,6 +28,7 @@ from milter import (
     Status,
 )
 from milter import Message as Received
+from milter.binding import WantedRun
 from milter.libmilter import libmilter
 from milter.testing import (
     MTA,
@@ -43,11 +45,13 @@ from milter.testing import (
     Negotiated,
     NotDeliveredError,
     Outcome,
+    Packet,
     PeerClosed,
     PeerTimeout,
     Postfix,
     ReplaceBody,
     ReplaceSender,
+    Response,
     Result,
     Sendmail,
     Steps,
@@ -56,7 +60,7 @@ from milter.testing import (
     WireError,
 )
 from milter.testing import Answer as WireAnswer
-from milter.testing.rehearsal import RehearsedConnection
+from milter.testing.rehearsal import Rehearsal, _WantingClient
 from milter.testing.wire import Actions as WireActions
 from tests.conftest import Serve
 
@@ -235,6 +239,32 @@ def test_the_message_is_there_as_it_is_delivered(like: str) -> None:
     assert result.email()["x-scanned"] == "clean"
     assert result.delivery.message.headers[0].name == "Received"
     assert result.delivered.headers[0].name == "Subject"
+
+
+@pytest.mark.parametrize("like", ["postfix", "sendmail"])
+def test_the_filter_counts_header_fields_as_its_mta_does(like: str) -> None:
+    app = Milter("deleting")
+
+    @app.on_message
+    def delete(ctx: EomContext, message: Received) -> None:
+        message.headers.replace("X-A", None, 1)
+        message.headers.replace("X-A", "changed", 1)
+
+    result = sent(app, like, message=b"X-A: 1\nX-A: 2\nX-A: 3\n\n")
+    assert result.headers.get_all("X-A") == ["changed", "3"]
+
+
+def test_each_mta_tells_its_version() -> None:
+    versions: list[str | None] = []
+    app = Milter("asking")
+
+    @app.on_eom(macros=["v"])
+    def on_eom(ctx: EomContext) -> None:
+        versions.append(ctx.macros.get("v"))
+
+    sent(app)
+    sent(app, "sendmail")
+    assert versions == ["Postfix 3.7.11", "8.17.1"]
 
 
 def test_header_fields_are_found_in_any_case() -> None:
@@ -839,6 +869,16 @@ def test_handlers_may_be_added_between_two_connections() -> None:
         assert mta.send().rejected
 
 
+def test_a_filter_that_was_asked_for_and_is_gone_is_not_served_by_another() -> None:
+    with MTA(named("other")):
+        rehearsal = Rehearsal(named("gone"))
+        connection = rehearsal.connect(10.0)
+        connection.end()
+        late = _WantingClient(libmilter.connect(), connection._run, 10.0)
+        with late, pytest.raises(PeerClosed):
+            late.negotiate()
+
+
 # ---- every packet
 
 
@@ -862,6 +902,15 @@ def test_a_client_has_every_packet_in_its_hands(version: int) -> None:
     assert offers == [Actions(0x3F)]
 
 
+def test_whatever_is_offered_the_filter_is_the_one_that_was_asked_for() -> None:
+    with MTA(named("other")) as other, other.connect(), MTA(named("wanted")) as mta, mta.client() as client:
+        client.negotiate(actions=0xFFFFFFFF)
+        client.connect_info()
+        answer = client.helo()
+    assert answer is not None
+    assert answer.lines == ("wanted",)
+
+
 def test_what_is_raised_at_such_a_connection_is_raised_at_the_end() -> None:
     app = raising("mail", LookupError("of a raw client"), 2)
     mta = MTA(app)
@@ -874,32 +923,42 @@ def test_what_is_raised_at_such_a_connection_is_raised_at_the_end() -> None:
         mta.__exit__(None, None, None)
 
 
-def test_a_handler_has_all_the_time() -> None:
-    """As at a breakpoint: it ends only when the client has waited in vain a few times."""
-    app = Milter("slow")
-    looks = threading.Semaphore(0)
+class Busy:
+    """A run that has so many handlers at work, one look after the other."""
 
-    @app.on_helo
-    def on_helo(ctx: Context, name: str) -> Status:
-        for _ in range(3):
-            looks.acquire()
-        return Status.REJECT
+    mark = 0
 
-    with MTA(app, timeout=0.01) as mta, mta.connect() as session:
-        connection = session._connection
-        assert isinstance(connection, RehearsedConnection)
-        wait = connection._run.wait_handlers
+    def __init__(self, *handlers: int) -> None:
+        self.handlers = list(handlers)
 
-        def counted(milliseconds: int) -> int:
-            looks.release()
-            return wait(milliseconds)
+    def wait_handlers(self, milliseconds: int) -> int:
+        return self.handlers.pop(0)
 
-        connection._run.wait_handlers = counted  # type: ignore[method-assign]
-        assert session.send().rejected
+
+def test_time_does_not_count_while_a_handler_runs() -> None:
+    here, there = socket.socketpair()
+    busy = Busy(1, 1, 0, 1, 0, 0, 99)
+    with there, _WantingClient(here, cast(WantedRun, busy), 0.001) as client, pytest.raises(PeerTimeout):
+        client.receive()
+    assert busy.handlers == [99]
+
+
+def test_an_answer_is_taken_whenever_it_comes() -> None:
+    here, there = socket.socketpair()
+
+    class Answering(Busy):
+        def wait_handlers(self, milliseconds: int) -> int:
+            if len(self.handlers) == 1:
+                there.sendall(Packet(Response.CONTINUE).encode())
+            return super().wait_handlers(milliseconds)
+
+    busy = Answering(1, 1, 1)
+    with there, _WantingClient(here, cast(WantedRun, busy), 0.001) as client:
+        assert client.receive() == Packet(Response.CONTINUE)
 
 
 def test_a_command_that_libmilter_drops_is_not_waited_for_without_end() -> None:
-    with MTA(Milter("idle")) as mta, mta.client(timeout=0.01) as client, pytest.raises(PeerTimeout):
+    with MTA(Milter("idle")) as mta, mta.client(timeout=0.001) as client, pytest.raises(PeerTimeout):
         client.end_of_message()
 
 
@@ -967,9 +1026,37 @@ client.connect_info()
 """
 
 
-def test_a_process_may_end_while_a_connection_is_open() -> None:
+def test_a_process_may_end_while_a_connection_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     ended = run(OPEN)
     assert (ended.returncode, ended.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_ends_although_a_handler_does_not() -> None:
+    ended = run(
+        """
+import threading
+from milter import Milter
+from milter.testing import MTA
+app = Milter("stuck")
+entered = threading.Event()
+@app.on_helo
+def on_helo(ctx, name):
+    entered.set()
+    threading.Event().wait()
+mta = MTA(app).__enter__()
+client = mta.client()
+client.negotiate()
+client.connect_info()
+client.send(b"H", b"client.example\\0")
+entered.wait()
+"""
+    )
+    assert (ended.returncode, ended.stderr) == (
+        70,
+        "handlers of a filter under test did not end: the process ends without them\n",
+    )
 
 
 def test_a_child_of_the_process_is_told_why_it_cannot() -> None:

@@ -335,3 +335,8 @@ def test_a_malformed_change_is_refused_by_name(packet: Packet) -> None:
 def test_an_answer_is_no_change() -> None:
     assert read_event(Packet(b"c")) is None
     assert read_event(Packet(b"Z")) is None
+
+
+def test_a_packet_has_one_letter() -> None:
+    with pytest.raises(WireError, match="a letter of one byte, not b'AB'"):
+        Packet(b"AB").encode()

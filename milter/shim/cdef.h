@@ -39,7 +39,7 @@ struct milter_plan {
     int negotiates;
     int gathers;
     int leading_space;
-    int waits;
+    int straight;
     size_t spool_size;
     const char *spool_directory;
     int *open_sessions;

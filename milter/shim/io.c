@@ -519,6 +519,12 @@ static size_t receive(struct connection *connection, int fd, char *rest, size_t 
     return size;
 }
 
+/* Of a packet of this length. libmilter counts in an int, and takes what is negative there for none. */
+static uint32_t data_after(uint32_t length)
+{
+    return length > 0 && length - 1 <= INT32_MAX ? length - 1 : 0;
+}
+
 /* By whoever serves the session: libmilter reads the five bytes of a header, in pieces perhaps, then the data. */
 static void follow(struct connection *connection, const unsigned char *bytes, size_t size)
 {
@@ -533,7 +539,7 @@ static void follow(struct connection *connection, const unsigned char *bytes, si
         }
         connection->command = (char)*bytes;
         connection->header_size = 0;
-        connection->data_left = connection->data_size > 0 ? connection->data_size - 1 : 0;
+        connection->data_left = data_after(connection->data_size);
     }
 }
 

@@ -17,6 +17,7 @@
  *      takes its turn (turns.c): milter_python_enter is called with the whole log, by
  *      this thread, or by another one that is in Python anyway. This takes the GIL.
  *      Where handlers are coroutines, nobody takes turns: each thread waits for its own.
+ *      Nor where there is no GIL: each thread runs its own.
  *   5. Handlers act through the functions under "The session" in the header.
  *      Each takes the session's lock, and does nothing unless its token is the
  *      session's: the call that a context was made for is still going on.
@@ -54,7 +55,7 @@
  *   U command
  *   X                              the message is over, decided without Python
  */
-#define _POSIX_C_SOURCE 200809L
+#define _GNU_SOURCE
 
 #include "io.h"
 #include "milter_shim.h"
@@ -551,7 +552,7 @@ static int enter_python(struct milter_session *session, enum milter_stage stage,
         event.changes = changes;
         event.changes_capacity = sizeof changes;
         session->seen = session->in_message;
-        answer = session->run->plan.waits ? milter_python_enter(&event) : milter_take_turn(&event);
+        answer = session->run->plan.straight ? milter_python_enter(&event) : milter_take_turn(&event);
         end_call(session);
         sent = send_changes(session, &event, answer);
     }
@@ -1042,6 +1043,26 @@ static void *serve(void *argument)
 }
 
 /*
+ * By milter_serve. Handlers run on libmilter's threads, which get the system's default for their stacks:
+ * with musl 128 KiB, and so little that Python's deeper functions in C overrun it. glibc's is 8 MiB.
+ */
+static void enlarge_stacks(void)
+{
+#ifdef __linux__
+    const size_t enough = 8 * 1024 * 1024; /* address space; memory only as far as it is used */
+    pthread_attr_t attributes;
+    size_t size;
+
+    if (pthread_getattr_default_np(&attributes) != 0)
+        return;
+    if (pthread_attr_getstacksize(&attributes, &size) == 0 && size < enough &&
+        pthread_attr_setstacksize(&attributes, enough) == 0)
+        (void)pthread_setattr_default_np(&attributes);
+    pthread_attr_destroy(&attributes);
+#endif
+}
+
+/*
  * Once in a process, after milter_register, smfi_setconn and smfi_opensocket.
  * All signals are blocked in the new thread and those that libmilter starts from
  * it, so that they reach Python's main thread. 0, or an errno.
@@ -1051,6 +1072,7 @@ int milter_serve(int wake_fd)
     sigset_t all;
     pthread_t thread;
 
+    enlarge_stacks();
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &startup_mask);
     const int error = pthread_create(&thread, NULL, serve, (void *)(intptr_t)wake_fd);

@@ -11,6 +11,10 @@
  * go to it, and those of threads that Python does not know; otherwise a thread serves its
  * own. For a handler nothing changes: a session's events may come on any thread anyway.
  *
+ * Without the GIL there is nothing to queue up for, and one clerk would do what all processors
+ * could. So milter_shim.c asks here for a turn only if the plan does not send events straight
+ * into Python: it does so for a free-threaded Python, and for handlers that are coroutines.
+ *
  * The invariants
  *
  *   1. An event is served once: by its own thread, which never put it into the queue or

@@ -39,11 +39,20 @@ _CONTENT: Packets = [
     (b"D", b"Ei\0QID\0"),
     (b"E", b""),
 ]
-_ORDERS = (*("connect", "helo", "mail", "rcpt", "data", "header", "eoh", "body", "eom", "unknown"),)
-_VERDICTS = (
+# What can be ordered, and where the filter looks for it.
+VERDICTS = (
     *("continue", "accept", "reject", "tempfail", "discard", "skip", "reply4", "reply5", "raise"),
     *("act", "edit", "half", "progress"),
 )
+STAGES = {
+    b"C": ("connect",),
+    b"H": ("helo",),
+    b"M": ("mail", "data", "eoh", "eom"),
+    b"R": ("rcpt",),
+    b"L": ("header", "eom"),
+    b"B": ("body", "eom"),
+    b"U": ("unknown",),
+}
 
 
 def conversation(random: Random) -> Packets:
@@ -66,19 +75,14 @@ def _any_offer(random: Random) -> bytes:
 # ---- Changes of packets
 
 
-def _order(random: Random) -> bytes:
-    return f"={random.choice(_ORDERS)}.{random.choice(_VERDICTS)}=".encode()
-
-
 def _give_order(packets: Packets, random: Random) -> None:
-    """Into the first string of a packet, so that the filter reads it."""
+    """In the first string of a packet, where the filter reads it."""
     place = random.randrange(len(packets))
     letter, data = packets[place]
-    if letter in b"CHMRUL":
-        head, nul, rest = data.partition(b"\0")
-        packets[place] = (letter, head + _order(random) + nul + rest)
-    elif letter == b"B":
-        packets[place] = (letter, data + _order(random))
+    if letter in STAGES:
+        order = f"={random.choice(STAGES[letter])}.{random.choice(VERDICTS)}=".encode()
+        head, nul, rest = data.partition(b"\0") if letter != b"B" else (data, b"", b"")
+        packets[place] = (letter, head + order + nul + rest)
 
 
 def _repeat(packets: Packets, random: Random) -> None:

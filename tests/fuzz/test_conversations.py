@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from milter.testing.wire import Steps
 from tests.fuzz.link import Line, compare
 from tests.fuzz.model import LIMIT, Model
-from tests.fuzz.mutation import encoded
+from tests.fuzz.mutation import STAGES, VERDICTS, encoded
 from tests.fuzz.target import Target
 
 EXAMPLES = int(os.environ.get("MILTER_FUZZ_EXAMPLES", "60"))
@@ -23,16 +23,6 @@ SEED = int(os.environ.get("MILTER_FUZZ_SEED", "1"))
 
 # ---- What is said
 
-ORDERS = st.builds(
-    lambda stage, verdict: f"={stage}.{verdict}=".encode(),
-    st.sampled_from(["connect", "helo", "mail", "rcpt", "data", "header", "eoh", "body", "eom", "unknown"]),
-    st.sampled_from(
-        [
-            *["continue", "accept", "reject", "tempfail", "discard", "skip", "reply4", "reply5", "raise"],
-            *["act", "edit", "half", "progress"],
-        ]
-    ),
-)
 HOSTILE = st.one_of(
     st.just(b""),
     st.sampled_from(
@@ -41,43 +31,51 @@ HOSTILE = st.one_of(
     st.binary(max_size=40).map(lambda text: text.replace(b"\0", b"?")),
     st.sampled_from([250, 4000, LIMIT - 300]).map(lambda size: b"x" * size),
 )
-# Every second text orders something.
-TEXTS = st.one_of(HOSTILE, st.builds(lambda before, order: before + order, HOSTILE, ORDERS))
-STRINGS = st.lists(TEXTS, min_size=1, max_size=3).map(lambda texts: b"".join(text + b"\0" for text in texts)[-LIMIT:])
 ADDRESSES = st.sampled_from(
     [b"4\0\x19192.0.2.1\0", b"6\0\x192001:db8::5\0", b"L\0\0/run/client\0", b"U", b"4\0\0\0", b"Z"]
 )
-CONNECTS = st.builds(lambda name, address: name + b"\0" + address, TEXTS, ADDRESSES)
-HEADERS = st.builds(lambda name, value: name + b"\0" + value + b"\0", TEXTS, TEXTS).filter(lambda d: len(d) <= LIMIT)
-BODIES = st.one_of(
+
+
+def text_for(letter: bytes) -> st.SearchStrategy[bytes]:
+    """What such a packet may hold: every second one orders something at one of its stages."""
+    orders = st.builds(
+        lambda stage, verdict: f"={stage}.{verdict}=".encode(),
+        st.sampled_from(STAGES[letter]),
+        st.sampled_from(VERDICTS),
+    )
+    return st.one_of(HOSTILE, orders, st.builds(lambda before, order: before + order, HOSTILE, orders))
+
+
+def strings_of(letter: bytes) -> st.SearchStrategy[tuple[bytes, bytes]]:
+    texts = st.lists(text_for(letter), min_size=1, max_size=3)
+    return texts.map(lambda found: (letter, b"".join(text + b"\0" for text in found)[-LIMIT:]))
+
+
+CONNECT = st.builds(lambda name, address: (b"C", name + b"\0" + address), text_for(b"C"), ADDRESSES)
+HELO, MAIL, RCPT, UNKNOWN = map(strings_of, (b"H", b"M", b"R", b"U"))
+HEADER = st.builds(lambda name, value: (b"L", (name + b"\0" + value)[: LIMIT - 1] + b"\0"), HOSTILE, text_for(b"L"))
+BODY = st.one_of(
     st.binary(min_size=1, max_size=60),
-    TEXTS.filter(bool),
+    text_for(b"B").filter(bool),
     st.sampled_from([1, 16384, LIMIT]).map(lambda size: b"line\r\n" * (size // 6) + b"x" * (size % 6)),
+).map(lambda data: (b"B", data))
+MACROS = st.builds(
+    lambda stage, strings: (b"D", bytes([stage]) + strings[1][:1000]), st.sampled_from(b"CHMRTNELZ"), strings_of(b"M")
 )
-MACROS = st.builds(lambda stage, strings: bytes([stage]) + strings, st.sampled_from(b"CHMRTNELZ"), STRINGS)
-PACKETS = st.one_of(
-    CONNECTS.map(lambda data: (b"C", data)),
-    STRINGS.map(lambda data: (b"H", data)),
-    STRINGS.map(lambda data: (b"M", data)),
-    STRINGS.map(lambda data: (b"R", data)),
-    STRINGS.map(lambda data: (b"U", data)),
-    HEADERS.map(lambda data: (b"L", data)),
-    BODIES.map(lambda data: (b"B", data)),
-    MACROS.map(lambda data: (b"D", data)),
-    st.sampled_from([(b"T", b""), (b"N", b""), (b"E", b""), (b"A", b""), (b"K", b"")]),
-)
+BARE = st.sampled_from([(b"T", b""), (b"N", b""), (b"E", b""), (b"A", b""), (b"K", b"")])
+PACKET = st.one_of(CONNECT, HELO, MAIL, RCPT, RCPT, UNKNOWN, HEADER, BODY, MACROS, BARE)
 BROKEN = st.one_of(
     st.tuples(
         st.sampled_from(b"ABCDEHKLMNOQRTUz\0\x07\xff").map(lambda letter: bytes([letter])), st.binary(max_size=30)
     ),
-    st.tuples(st.sampled_from([b"C", b"H", b"L", b"M", b"R", b"U"]), STRINGS.map(lambda data: data[:-1])),
+    st.one_of(CONNECT, HELO, MAIL, RCPT, UNKNOWN, HEADER).map(lambda packet: (packet[0], packet[1][:-1])),
+    BODY.map(lambda packet: (b"E", packet[1])),
     st.just((b"B", b"x" * (LIMIT + 1))),
 )
 NUMBERS = st.one_of(st.sampled_from([0, 0x3F, 0x7F, 0x1FF, 0x1FFFFF, 0xFFFFFFFF]), st.integers(0, 0xFFFFFFFF))
 VERSIONS = st.one_of(st.just(6), st.integers(2, 6), st.sampled_from([0, 1, 7, 0x80000000, 0xFFFFFFFF]))
 CUTS = st.lists(st.integers(0, 400), max_size=5)
-
-ENVELOPE = [(b"M", b"<ann@client.example>\0"), (b"R", b"<bob@mta.example>\0")]
+WELL_KNOWN = (6, 0x1FF, 0x1FFFFF)
 
 
 def offer(version: int, actions: int, steps: int) -> tuple[bytes, bytes]:
@@ -97,9 +95,11 @@ class Conversation:
         self.line = Line(target.where)
         self.model = Model(target.model, target.kind)
         self.unsent = b""
-        self.said = 0
+        self.greeted = False
+        """Something was said."""
 
     def say(self, *packets: tuple[bytes, bytes]) -> None:
+        self.greeted = True
         self.unsent += encoded(list(packets))
         for letter, data in packets:
             if not self.model.over:
@@ -148,24 +148,34 @@ class Machine(RuleBasedStateMachine):
     def negotiate(self, which: int, version: int, actions: int, steps: int) -> None:
         self.talk(which).say(offer(version, actions, steps))
 
-    @rule(which=which, hostname=TEXTS, helo=TEXTS)
-    def greet(self, which: int, hostname: bytes, helo: bytes) -> None:
-        connect = (b"C", hostname[:LIMIT] + b"\x004\0\x19192.0.2.1\0")
-        self.talk(which).say(offer(6, 0x1FF, 0x1FFFFF), connect, (b"H", helo[:LIMIT] + b"\0"))
+    @rule(which=which, connect=CONNECT, helo=HELO)
+    def greet(self, which: int, connect: tuple[bytes, bytes], helo: tuple[bytes, bytes]) -> None:
+        self.talk(which).say(offer(*WELL_KNOWN), connect, helo)
 
-    @rule(which=which, packets=st.lists(PACKETS, min_size=1, max_size=4))
+    @rule(which=which, packets=st.lists(PACKET, min_size=1, max_size=4))
     def say(self, which: int, packets: list[tuple[bytes, bytes]]) -> None:
         self.talk(which).say(*packets)
 
-    @rule(which=which, header=st.lists(HEADERS, max_size=3), body=st.lists(BODIES, max_size=3), sender=TEXTS)
-    def send_message(self, which: int, sender: bytes, header: list[bytes], body: list[bytes]) -> None:
-        self.talk(which).say(
-            *[(b"M", b"<" + sender + b">\0"), (b"R", b"<bob@mta.example>\0"), (b"T", b"")],
-            *[(b"L", field) for field in header],
-            (b"N", b""),
-            *[(b"B", chunk) for chunk in body],
-            (b"E", b""),
-        )
+    @rule(
+        which=which,
+        mail=MAIL,
+        rcpts=st.lists(RCPT, min_size=1, max_size=3),
+        header=st.lists(HEADER, max_size=3),
+        body=st.lists(BODY, max_size=3),
+    )
+    def send_message(
+        self,
+        which: int,
+        mail: tuple[bytes, bytes],
+        rcpts: list[tuple[bytes, bytes]],
+        header: list[tuple[bytes, bytes]],
+        body: list[tuple[bytes, bytes]],
+    ) -> None:
+        """To the filter of a greeted connection; its verdicts do not stop this MTA."""
+        talk = self.talk(which)
+        if not talk.greeted:
+            talk.say(offer(*WELL_KNOWN), (b"C", b"client.example\0U"), (b"H", b"client.example\0"))
+        talk.say(mail, *rcpts, (b"T", b""), *header, (b"N", b""), *body, (b"E", b""))
 
     @rule(which=which, packet=BROKEN)
     def break_something(self, which: int, packet: tuple[bytes, bytes]) -> None:

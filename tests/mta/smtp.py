@@ -7,6 +7,7 @@ ends), so this speaks to the socket itself.
 
 import re
 import socket
+import ssl
 from collections.abc import Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -39,7 +40,7 @@ class SmtpClient:
         self._socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._replies = self._socket.makefile("rb")
-        self.greeting = self._answer()
+        self.greeting = self.answer()
 
     def __enter__(self) -> Self:
         return self
@@ -58,12 +59,12 @@ class SmtpClient:
     def command(self, line: str | bytes) -> Answer:
         """Send one line, to which CRLF is added, and wait for the answer."""
         self.write(_bytes(line) + b"\r\n")
-        return self._answer()
+        return self.answer()
 
     def pipeline(self, *lines: str | bytes) -> list[Answer]:
         """Send several lines in one piece, then wait for all the answers."""
         self.write(b"".join(_bytes(line) + b"\r\n" for line in lines))
-        return [self._answer() for _ in lines]
+        return [self.answer() for _ in lines]
 
     def ehlo(self, name: str = "client.test") -> Answer:
         return self.command(f"EHLO {name}")
@@ -83,7 +84,7 @@ class SmtpClient:
         if answer.code != 354:
             return answer
         self.write(_stuffed(content))
-        return self._answer()
+        return self.answer()
 
     def send(self, sender: str, recipients: str | Sequence[str], content: str | bytes, *params: str) -> Answer:
         """A whole transaction, `params` for MAIL; answers for the first refused command or the final dot."""
@@ -97,6 +98,14 @@ class SmtpClient:
         """Be somebody else (`NAME`, `ADDR`, `PORT`, `LOGIN` …); the session starts anew with a greeting."""
         return self.command(" ".join(("XCLIENT", *(f"{key}={value}" for key, value in attributes.items()))))
 
+    def start_tls(self) -> None:
+        """The handshake, once STARTTLS was answered. The server is not asked who it is."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        self._socket = context.wrap_socket(self._socket)
+        self._replies = self._socket.makefile("rb")
+
     def write(self, raw: bytes) -> None:
         """Send bytes and wait for nothing."""
         self._socket.sendall(raw)
@@ -106,7 +115,8 @@ class SmtpClient:
         self._replies.close()
         self._socket.close()
 
-    def _answer(self) -> Answer:
+    def answer(self) -> Answer:
+        """The next reply; waits for it."""
         lines: list[str] = []
         while match := re.fullmatch(rb"([0-9]{3})(?:([ -])(.*))?\r?\n", self._replies.readline(), re.DOTALL):
             lines.append((match[3] or b"").rstrip(b"\r").decode("utf-8", "surrogateescape"))

@@ -117,7 +117,7 @@ static void make_plan(struct run *run, int app)
     plan->required = chance(8) == 0 ? SMFIF_ADDRCPT_PAR : 0;
     plan->gathers = run->quiet || (!run->seldom && chance(2) != 0);
     plan->leading_space = chance(2) != 0;
-    plan->waits = chance(4) == 0;
+    plan->straight = chance(4) == 0;
     if (plan->gathers || plan->leading_space)
         plan->steps |= SMFIP_HDR_LEADSPC;
     plan->spool_size = run->quiet ? 1000 : spool_sizes[chance(sizeof spool_sizes / sizeof *spool_sizes)];

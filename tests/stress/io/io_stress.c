@@ -110,9 +110,9 @@ ssize_t __wrap_sendmsg(int fd, const struct msghdr *message, int flags)
         return -1;
     }
     size_t first = 0; /* what was sent already leaves an empty part */
-    while (first < message->msg_iovlen && message->msg_iov[first].iov_len == 0)
+    while (first < (size_t)message->msg_iovlen && message->msg_iov[first].iov_len == 0)
         first++;
-    if (first < message->msg_iovlen && fault()) { /* a byte less than the first part, or one */
+    if (first < (size_t)message->msg_iovlen && fault()) { /* a byte less than the first part, or one */
         struct iovec part = message->msg_iov[first];
         part.iov_len = part.iov_len > 1 ? part.iov_len - 1 : 1;
         const struct msghdr less = {.msg_iov = &part, .msg_iovlen = 1};
