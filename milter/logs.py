@@ -201,6 +201,8 @@ def _syslog_handler(syslog: str) -> SysLogHandler:
         return SysLogHandler(syslog, facility=SysLogHandler.LOG_MAIL)
     host, port = _host_and_port(syslog)
     try:
+        # Since Python 3.14 the handler looks for the machine when there is something to log, and stays silent.
+        socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
         handler = SysLogHandler((host, port), facility=SysLogHandler.LOG_MAIL)
     except OSError as failure:
         raise MilterError(f"the syslog at {syslog} cannot be reached: {failure.strerror}") from failure

@@ -27,7 +27,7 @@ build() {
     # Word by word: names of packages.
     # shellcheck disable=SC2086
     quietly python -m pip install $TOOLS
-    (export MILTER_STRICT=1 MILTER_LINK=static && quietly python -m build --outdir "$work/built")
+    quietly env MILTER_STRICT=1 MILTER_LINK=static "$VENV/bin/python" -m build --outdir "$work/built"
 }
 
 # Everything that git has, but for what only a checkout needs.
@@ -39,7 +39,7 @@ check_source() {
         if [ -s "$work/missing" ]; then die "MANIFEST.in leaves out:" "$(cat "$work/missing")"; fi
     fi
     "$PYTHON" -m venv "$work/shared"
-    (export MILTER_STRICT=1 MILTER_LINK=shared && quietly "$work/shared/bin/python" -m pip install "$work"/built/*.tar.gz)
+    quietly env MILTER_STRICT=1 MILTER_LINK=shared "$work/shared/bin/python" -m pip install "$work"/built/*.tar.gz
     mkdir "$work/shared/run"
     "$work/shared/bin/milter" version | grep "linked shared"
     quietly sh scripts/converse.sh "$work/shared/bin/milter" "$work/shared/run"

@@ -21,7 +21,7 @@ from milter import (
     UnixAddress,
 )
 from milter.testing import Answer, Client, Verdict
-from tests.conftest import Serve, begin_message, send_content, send_message
+from tests.conftest import Serve, begin_message, collect, send_content, send_message
 
 
 def recorder(app: Milter[Any, Any], *stages: str) -> list[tuple[Any, ...]]:
@@ -266,10 +266,12 @@ def test_objects_of_a_connection_are_dropped_with_it(serve: Serve) -> None:
     client.abort()
     client.unknown("x")  # not sent: it is declined
     client.mail("<bob>")  # answered, so the abort was handled before
+    collect()
     assert transaction() is None
     assert session() is not None
     client.quit()
     client.wait_for_close()
+    collect()
     assert session() is None
 
 
@@ -289,6 +291,7 @@ def test_transaction_state_is_dropped_at_once_even_where_no_handler_hears_of_the
 
     client = serve(app).greeted()
     send_message(client)
+    collect()
     assert kept[0]() is None
 
 

@@ -304,7 +304,7 @@ def test_a_field_that_the_standard_library_fails_at_keeps_its_text(monkeypatch: 
 
 def test_a_message_that_is_too_deep_is_parsed_as_far_as_its_fields() -> None:
     lines, body = [b"Content-Type: multipart/mixed; boundary=b0", b"Subject: deep"], b""
-    for level in range(2000):
+    for level in range(20_000):  # tools may have raised the limit for recursion
         body += b"--b%d\r\nContent-Type: multipart/mixed; boundary=b%d\r\n\r\n" % (level, level + 1)
     email = message_of(*lines, body=body).email()
     assert email["Subject"] == "deep"

@@ -11,7 +11,10 @@ from pathlib import Path
 package = importlib.util.find_spec("milter")
 assert package is not None
 assert package.origin is not None
-(extension,) = Path(package.origin).parent.glob("_shim*.so")
+directory = Path(package.origin).parent
+# Several may lie there, for several Pythons: the first one is this Python's.
+places = (directory / f"_shim{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+extension = next(place for place in places if place.exists())
 loader = importlib.machinery.ExtensionFileLoader("milter._shim", str(extension))
 spec = importlib.util.spec_from_loader("milter._shim", loader)
 assert spec is not None

@@ -17,7 +17,7 @@ from tests.fuzz.model import LIMIT, Model
 from tests.fuzz.mutation import STAGES, VERDICTS, encoded
 from tests.fuzz.target import Target
 
-EXAMPLES = int(os.environ.get("MILTER_FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("MILTER_FUZZ_EXAMPLES", "40"))
 """Conversations for each kind of filter."""
 SEED = int(os.environ.get("MILTER_FUZZ_SEED", "1"))
 

@@ -6,6 +6,7 @@ A failure tells the seed of the conversation; the same seed gives the same bytes
     python -m tests.fuzz --seed 4711 --count 1 --kind replying
 """
 
+import itertools
 import os
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from tests.fuzz.target import Footprint, Target
 
 COUNT = int(os.environ.get("MILTER_FUZZ_PACKETS", "400"))
 """Conversations for each kind of filter; a run with the next seed shares none of them."""
+ROUND = max(COUNT // 3, 100)
+ROUNDS = 4
 FIRST = int(os.environ.get("MILTER_FUZZ_SEED", "1")) * 1_000_000
 
 
@@ -36,11 +39,11 @@ def test_mutated_conversations_are_answered_as_predicted(target: Target) -> None
 @pytest.mark.parametrize("build", [None], ids=["plain"])
 def test_mutated_conversations_leave_nothing_behind(target: Target) -> None:
     sizes: list[Footprint] = []
-    for _ in range(2):
-        for number in range(FIRST, FIRST + COUNT // 2):
+    for _ in range(ROUNDS):
+        for number in range(FIRST, FIRST + ROUND):
             fire(target, number)
         target.check()
         sizes.append(target.footprint())
-    early, late = sizes  # the second time it has all that it needs
-    assert late.kibibytes - early.kibibytes < 2048 + COUNT // 2
-    assert late.descriptors <= early.descriptors + 2
+    # A leak makes each round need more; what malloc keeps grows now and then, up to some size.
+    assert min(late.kibibytes - early.kibibytes for early, late in itertools.pairwise(sizes)) < 512
+    assert sizes[-1].descriptors <= sizes[0].descriptors + 2

@@ -75,10 +75,17 @@ def sendmail(sendmail_of_session: Sendmail) -> Iterator[Sendmail]:
 def clean(server: MailServer) -> Iterator[None]:
     """Leave the server as it was found; show what it logged meanwhile, and fail when it crashed."""
     before = len(server.log())
-    yield
-    if server.is_running:
-        server.deliveries()
-        server.discard_queue()
+    try:
+        yield
+    finally:
+        if server.is_running:
+            server.deliveries()
+            server.discard_queue()
+    assert_no_crash(server, before)
+
+
+def assert_no_crash(server: MailServer, before: int) -> None:
+    """Show what the server has logged since its log was so long, and fail when it tells of a crash."""
     logged = server.log()[before:]
     sys.stdout.write(logged)
     assert not _CRASH.findall(logged), f"{server.name} crashed"

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The scenarios of `scenarios/`, each on Postfix, on Sendmail, and on the models of both in `milter.testing`."""
 
+import contextlib
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from tests.filter_process import running_filters
 
+from .conftest import assert_no_crash, clean
 from .filter_pool import FilterPool
 from .model import is_modelled, model_differences
 from .play import differences, play
@@ -39,24 +42,40 @@ def pool() -> Iterator[FilterPool]:
 
 
 @on("postfix")
-def test_on_postfix(scenario: Scenario, postfix: Postfix, pool: FilterPool) -> None:
-    check(scenario, postfix, pool)
+def test_on_postfix(scenario: Scenario, postfix_of_session: Postfix, pool: FilterPool) -> None:
+    check(scenario, postfix_of_session, pool)
 
 
 @on("sendmail")
-def test_on_sendmail(scenario: Scenario, sendmail: Sendmail, pool: FilterPool) -> None:
-    check(scenario, sendmail, pool)
+def test_on_sendmail(scenario: Scenario, sendmail_of_session: Sendmail, pool: FilterPool) -> None:
+    check(scenario, sendmail_of_session, pool)
 
 
 def check(scenario: Scenario, server: MailServer, pool: FilterPool) -> None:
-    script = scenario.on(server.name)
-    sockets, filters = pool.prepare(script.filters)
+    with cleaned_after_failure(server):
+        script = scenario.on(server.name)
+        sockets, filters = pool.prepare(script.filters)
+        try:
+            outcome = play(script, server, server.milter_service(sockets, **dict(script.settings)), filters)
+        finally:
+            pool.retire(script.filters)
+        if outcome.held:
+            server.discard_queue()
+        found = differences(scenario, script, outcome)
+        assert not found, "\n" + "\n".join(found)
+
+
+@contextlib.contextmanager
+def cleaned_after_failure(server: MailServer) -> Iterator[None]:
+    """The fixtures `postfix` and `sendmail` clean up after each test, which takes as long as a scenario does."""
+    before = len(server.log())
     try:
-        outcome = play(script, server, server.milter_service(sockets, **dict(script.settings)), filters)
-    finally:
-        pool.retire(script.filters)
-    found = differences(scenario, script, outcome)
-    assert not found, "\n" + "\n".join(found)
+        yield
+    except BaseException:
+        sys.stdout.write(server.log()[before:])
+        with clean(server):
+            raise
+    assert_no_crash(server, before)
 
 
 @on_model("postfix")
