@@ -13,8 +13,6 @@ from sphinx.pycode import ModuleAnalyzer
 from docs import commands, figures
 from milter import __version__
 
-PAGES_TO_COME = ("free-threading", "libmilter", "mtas")
-
 project = "milter"
 author = "the authors of milter"
 copyright = "the authors of milter, GPL-3.0-or-later"
@@ -75,15 +73,7 @@ def show_all_options_of_milter(app: Sphinx) -> None:
     analyzer.overloads.pop("Milter.__init__")
 
 
-def leave_out_absent_pages(app: Sphinx, page: str, source: list[str]) -> None:
-    """Of the navigation. Some pages are not there yet in every branch."""
-    if page == "index":
-        absent = [name for name in PAGES_TO_COME if not (Path(__file__).parent / f"{name}.md").exists()]
-        source[0] = "".join(line for line in source[0].splitlines(True) if line.strip() not in absent)
-
-
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", read_arguments)
     app.connect("autodoc-process-signature", leave_out_signatures)
     app.connect("builder-inited", show_all_options_of_milter)
-    app.connect("source-read", leave_out_absent_pages)

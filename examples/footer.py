@@ -84,8 +84,7 @@ def filter_with(settings: Settings) -> Milter:
         if MARK in message.headers or not is_meant(settings, message):
             return Status.CONTINUE
         try:
-            part = Part.of(message.as_bytes())
-            new = with_footer(part, settings)
+            new = with_footer(Part.of(message.as_bytes()), settings)
         except LeftAlone as reason:
             message.headers[MARK] = f"none ({reason})"
             return Status.CONTINUE
@@ -171,6 +170,13 @@ def subparts(part: Part) -> Iterator[tuple[int, int]]:
 
 def with_footer(part: Part, settings: Settings) -> Part:
     """The same part with the footer in its text; raises LeftAlone."""
+    try:
+        return part_with_footer(part, settings)
+    except (TypeError, ValueError) as problem:  # of the standard library, for fields that nobody should write
+        raise LeftAlone("fields that are no MIME") from problem
+
+
+def part_with_footer(part: Part, settings: Settings) -> Part:
     refuse_sealed(part, settings)
     if part.type.startswith("multipart/"):
         return multipart_with_footer(part, settings)

@@ -12,6 +12,7 @@ from typing import ClassVar
 import pytest
 
 from examples.clamav import Settings, filter_with
+from milter._shim import lib
 from milter.testing import Outcome, Quarantine
 from tests.conftest import Serve
 from tests.example_filters import delivered, field, refusal, send
@@ -149,6 +150,7 @@ def test_a_scan_that_takes_too_long_is_given_up(
     assert "could not be scanned: it took too long" in caplog.text
 
 
+@pytest.mark.skipif(not lib.milter_io_wrapped(), reason="libmilter promises several sessions to one worker here")
 def test_scans_run_at_once(serve: Serve, clamd: StartClamd) -> None:
     together = threading.Barrier(8)  # nobody gets an answer before all eight were asked
     peer = serve(filter_with(Settings(clamd(barrier=together))))

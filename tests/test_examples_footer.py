@@ -196,6 +196,7 @@ LEFT_ALONE = {
     "broken base64": b"Content-Transfer-Encoding: base64\n\nA===B\n",
     "strange base64": b"Content-Transfer-Encoding: base64\n\nSG!ku\n",
     "escapes that say nothing": b"Content-Type: text/plain; charset=iso-2022-jp\n\n\x1b$B\x1b(BHi.\n",
+    "stray bytes in a type": b'Content-Type: multipart/mixed; boundary="\xff\n b"\n\n--b\n\nHi.\n--b--\n',
     "an empty part": b"Content-Type: multipart/mixed; boundary=b\n\n--b\n--b--\n",
     "unknown encoding": b"Content-Transfer-Encoding: x-uuencode\n\nHi.\n",
     "unknown charset": b"Content-Type: text/plain; charset=x-nobody\n\nHi.\n",
