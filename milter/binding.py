@@ -357,13 +357,15 @@ def _rehearse() -> None:
     """Go both ways in once, for no filter, before there are other threads.
 
     At the first call cffi finds the function of a way in, and keeps it for the next ones, in two words that it writes
-    without a lock. A second thread that came at that moment could find the first word, and crash for lack of the other.
+    without a lock. Without the GIL a second thread that came at that moment could find the first word, and crash for
+    lack of the other.
     """
     lib.milter_python_enter(ffi.new("struct milter_event *"))
     lib.milter_python_negotiate(ffi.NULL, 0, 0, 0, 0, 0, ffi.NULL, ffi.NULL)
 
 
-_rehearse()
+if not gil_is_on():
+    _rehearse()
 
 
 def _encoded(answer: Answer, call: SessionCall) -> int:

@@ -98,7 +98,8 @@ def test_coroutines_never_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert struct.straight
 
 
-def test_an_event_of_no_run_is_a_failure() -> None:
-    """So the ways in can be gone once, before there is a filter; 0 is what the shim takes for one."""
-    event = ffi.new("struct milter_event *")
-    assert lib.milter_python_enter(event) == 0
+def test_what_comes_for_no_run_is_a_failure_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    """So the ways in can be gone once, before there is a filter; 0 is what the shim takes for a failure."""
+    assert lib.milter_python_enter(ffi.new("struct milter_event *")) == 0
+    assert lib.milter_python_negotiate(ffi.NULL, 0, 0, 0, 0, 0, ffi.NULL, ffi.NULL) == 0
+    assert caplog.records == []
