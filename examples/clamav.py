@@ -16,7 +16,6 @@ A message longer than clamd's ``StreamMaxLength`` could not be scanned; so let t
 """
 
 import asyncio
-import contextlib
 import io
 import logging
 import os
@@ -86,18 +85,14 @@ def filter_with(settings: Settings) -> Milter:
 async def scan(clamd: str, file: io.BufferedReader) -> str | None:
     """The name of a virus, or None if there is none (clamd(8), INSTREAM)."""
     reader, writer = await connect(clamd)
-    # Listening while speaking: clamd answers before the end of a stream that is too long, and hangs up.
-    listening = asyncio.create_task(reader.readuntil(b"\0"))
     try:
-        with contextlib.suppress(ConnectionError):
-            await send(writer, file)
-        answer = (await listening).decode("utf-8", "replace").rstrip("\0")
+        await send(writer, file)
+        answer = (await reader.readuntil(b"\0")).decode("utf-8", "replace").rstrip("\0")
     except asyncio.IncompleteReadError as problem:
         raise ScanError(f"clamd hung up after it said {problem.partial!r}") from problem
-    except ConnectionError as problem:  # its answer may be lost with the connection
+    except ConnectionError as problem:  # before the end of a stream; what it said is lost with the connection
         raise ScanError(f"clamd hung up ({problem}): is the message longer than its StreamMaxLength?") from problem
     finally:
-        listening.cancel()
         writer.close()
     if answer == "stream: OK":
         return None

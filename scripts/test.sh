@@ -55,9 +55,10 @@ temporary=$(mktemp -d "${TMPDIR:-/tmp}/milter.XXXXXX")
 export PYTEST_DEBUG_TEMPROOT="$temporary"
 
 failed=
-# Of the fuzzing a part: the other link has the rest.
+# What takes long and asks little of the link is left to the other one, and of the fuzzing a part.
 check "Tests with the shared libmilter: pytest" env MILTER_FUZZ_PACKETS=100 MILTER_FUZZ_EXAMPLES=15 \
-    python -m pytest --ignore tests/test_stress.py "$@"
+    python -m pytest --ignore tests/test_stress.py --ignore tests/test_typing.py --ignore tests/test_leaks.py \
+    --ignore tests/mta/test_scenarios.py --durations 25 "$@"
 build static
 check "Python: ruff check" python -m ruff check
 check "Python: ruff format --check" python -m ruff format --check
@@ -65,7 +66,7 @@ check "Python: mypy" python -m mypy
 check "C: ${CC:-cc} -Wall -Wextra -Werror" compile_strictly milter/shim/*.c benchmarks/load/*.c benchmarks/filters/*.c tests/fuzz/bare/*.c
 check "Examples in the documentation: doctest" check_documentation
 check "Documentation: sphinx-build, warnings are errors" build_site
-check "Tests with libmilter's I/O wrapped: pytest" python -m pytest "$@"
+check "Tests with libmilter's I/O wrapped: pytest" python -m pytest --durations 25 "$@"
 
 # Without arguments for pytest: what is installed, and libmilter as others build it; by scripts of their own.
 if [ $# -eq 0 ]; then

@@ -41,8 +41,12 @@ class Clamd(socketserver.StreamRequestHandler):
         if self.barrier is not None:
             with contextlib.suppress(threading.BrokenBarrierError):
                 self.barrier.wait(60)
+        self.ends()
         usual = b"stream: Eicar-Test-Signature FOUND\0" if EICAR in content else b"stream: OK\0"
         self.wfile.write(usual if self.answer is None else self.answer)
+
+    def ends(self) -> None:
+        """Before the answer is given."""
 
 
 class UnixServer(socketserver.ThreadingUnixStreamServer):
@@ -61,8 +65,8 @@ def clamd(tmp_path: Path) -> Iterator[StartClamd]:
     """Starts one, and tells where it listens."""
     servers: list[socketserver.BaseServer] = []
 
-    def start(transport: str = "unix", **attributes: object) -> str:
-        handler = type("Clamd", (Clamd,), {"scanned": [], **attributes})
+    def start(transport: str = "unix", kind: type[Clamd] = Clamd, **attributes: object) -> str:
+        handler = type("Clamd", (kind,), {"scanned": [], **attributes})
         server: UnixServer | TcpServer
         if transport == "unix":
             server = UnixServer(str(tmp_path / "clamd.sock"), handler)
@@ -106,7 +110,7 @@ TROUBLE: list[tuple[str, dict[str, object]]] = [
     ("clamd says 'stream: no memory ERROR'", {"answer": b"stream: no memory ERROR\0"}),
     ("clamd says '\ufffd'", {"answer": b"\xff\0"}),
     ("clamd hung up after it said b''", {"answer": b""}),
-    ("clamd", {"limit": 10}),  # what it says about the length, or that it hung up, whatever comes first
+    ("clamd ", {"limit": 10}),  # hung up, or what it says about the length, whatever comes first
 ]
 
 
@@ -155,6 +159,35 @@ def test_scans_run_at_once(serve: Serve, clamd: StartClamd) -> None:
     for client in clients:
         client.join()
     assert outcomes == [Outcome.ACCEPTED] * 8
+
+
+class Busy(Clamd):
+    """Knows how many scans ran at once."""
+
+    lock = threading.Lock()
+    active = 0
+    most = 0
+
+    def handle(self) -> None:
+        with self.lock:
+            Busy.active += 1
+            Busy.most = max(Busy.most, Busy.active)
+        super().handle()
+
+    def ends(self) -> None:
+        with self.lock:
+            Busy.active -= 1
+
+
+def test_no_more_scans_run_at_once_than_allowed(serve: Serve, clamd: StartClamd) -> None:
+    peer = serve(filter_with(Settings(clamd(kind=Busy), connections=1)))
+    message = CLEAN + b"x\n" * 200_000
+    clients = [threading.Thread(target=send, args=(peer, message)) for _ in range(8)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    assert Busy.most == 1
 
 
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

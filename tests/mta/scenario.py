@@ -8,6 +8,7 @@ what counts for a server.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from .notation import unescape
@@ -131,8 +132,9 @@ class Scenario:
         return _Reader(self.path, server).read(lines)
 
 
-def all_scenarios() -> list[Scenario]:
-    return [read(path) for path in sorted(DIRECTORY.glob("*.txt")) if path.name != "differences.txt"]
+@cache
+def all_scenarios() -> tuple[Scenario, ...]:
+    return tuple(read(path) for path in sorted(DIRECTORY.glob("*.txt")) if path.name != "differences.txt")
 
 
 def read(path: Path) -> Scenario:
