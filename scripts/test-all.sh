@@ -7,6 +7,7 @@
 # Which interpreters that are, scripts/pythons.sh tells; of libmilter's kinds, scripts/libmilter.sh. KINDS names those
 # that are wanted [pool thread select]; they are built from Sendmail's source, which SENDMAIL_SOURCE names, or
 # which comes from Debian's source package where there is apt-get, or else is fetched.
+# EXTRA names the packages that are installed for it: test, or test-core if that is enough for these tests [test].
 # Makes .venv-all. It takes long: a quarter of an hour for each Python, on two processors.
 
 set -eu
@@ -45,7 +46,7 @@ test_one() (
     VENV=$(CDPATH='' cd -- "$VENV" && pwd)
     cd "$work/project-$kind"
     export PKG_CONFIG_PATH="$work/$kind/lib/pkgconfig" PYTEST_DEBUG_TEMPROOT="$work" MILTER_STRICT=1
-    pip_install --editable '.[test]'
+    pip_install --editable ".[${EXTRA:-test}]"
     "$VENV/bin/milter" version
     PATH=$VENV/bin:$PATH python -m pytest -q --ignore tests/mta "$@" || {
         echo "Python $version, libmilter of the kind $kind" >>"$work/failed"

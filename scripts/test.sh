@@ -68,6 +68,15 @@ check "Examples in the documentation: doctest" check_documentation
 check "Documentation: sphinx-build, warnings are errors" build_site
 check "Tests with libmilter's I/O wrapped: pytest" python -m pytest --durations 25 "$@"
 
+# Without arguments for pytest: what is installed, and libmilter as others build it; by scripts of their own.
+if [ $# -eq 0 ]; then
+    check "The wheel: scripts/wheel.sh" sh scripts/wheel.sh
+    check "A thread for each connection: scripts/test-all.sh" env KINDS=thread EXTRA=test-core \
+        sh scripts/test-all.sh tests/test_hostile_mta.py tests/test_turns.py
+    check "Workflows: check-jsonschema" python -m check_jsonschema --builtin-schema vendor.github-workflows \
+        .github/workflows/*.yml
+fi
+
 step "Summing up"
 if [ -n "$failed" ]; then
     STEP=$failed
