@@ -30,7 +30,7 @@ make_system() {
 
 # What this system knows of the network, and the project as it is now.
 furnish() {
-    for file in /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/apt/apt.conf.d /etc/ssl/certs/ca-certificates.crt /root/.config/pip; do
+    for file in /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/apt/apt.conf.d /etc/ssl/certs/ca-certificates.crt "$HOME/.config/pip"; do
         if [ -e "$file" ]; then mkdir -p "$1$(dirname "$file")" && cp -rL "$file" "$1$(dirname "$file")/"; fi
     done
     mkdir -p "$1/milter"

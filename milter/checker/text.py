@@ -7,21 +7,10 @@ from collections.abc import Iterable, Iterator
 from milter.checker.diff import lines_of, unified, visible
 from milter.checker.sending import Result
 from milter.printable import printable
-from milter.testing.client import Outcome, StageAnswer, Transcript
+from milter.testing.client import Outcome, Transcript
 from milter.testing.delivery import Delivery
-from milter.testing.wire import (
-    AddHeader,
-    AddRecipient,
-    Change,
-    Command,
-    InsertHeader,
-    Quarantine,
-    RemoveRecipient,
-    ReplaceBody,
-    ReplaceHeader,
-    ReplaceSender,
-    encode_text,
-)
+from milter.testing.wire import Command, ReplaceBody, encode_text
+from milter.testing.words import answer_text, change_text
 
 
 def stage_name(stage: Command) -> str:
@@ -92,13 +81,7 @@ def _stage_lines(transcript: Transcript) -> Iterator[str]:
         argument = printable(entry.argument)
         if len(argument) > 60:
             argument = argument[:57] + "..."
-        yield f"{stage_name(entry.stage):<9} {argument:<60} {_answer_text(transcript, entry)}".rstrip()
-
-
-def _answer_text(transcript: Transcript, entry: StageAnswer) -> str:
-    if entry.answer is not None:
-        return printable(str(entry.answer))
-    return "(not wanted)" if transcript.negotiated.declines(entry.stage) else "(no reply)"
+        yield f"{stage_name(entry.stage):<9} {argument:<60} {answer_text(transcript, entry)}".rstrip()
 
 
 def _verdict(result: Result) -> str:
@@ -128,33 +111,11 @@ def _changes(result: Result) -> Iterator[str]:
         if isinstance(change, ReplaceBody):
             body.append(change.chunk)
         else:
-            yield printable(_change_text(change))
+            yield change_text(change)
     if body:
         yield f"replace the body: {sum(map(len, body))} bytes"
     if result.progress:
         yield f"(progress reported: {result.progress})"
-
-
-def _change_text(change: Change) -> str:
-    match change:
-        case AddHeader(name, value):
-            return f"add header {name}: {value}"
-        case InsertHeader(index, name, value):
-            return f"insert header at {index}, {name}: {value}"
-        case ReplaceHeader(index, name, ""):
-            return f"delete header {name}, number {index}"
-        case ReplaceHeader(index, name, value):
-            return f"replace header {name}, number {index}: {value}"
-        case ReplaceSender(sender, params):
-            return f"replace sender {sender} {params or ''}".rstrip()
-        case AddRecipient(recipient, params):
-            return f"add recipient {recipient} {params or ''}".rstrip()
-        case RemoveRecipient(recipient):
-            return f"remove recipient {recipient}"
-        case Quarantine(reason):
-            return f"quarantine: {reason}"
-        case ReplaceBody(chunk):
-            return f"replace the body: {len(chunk)} bytes"
 
 
 def _envelope_lines(delivery: Delivery) -> list[bytes]:

@@ -9,21 +9,10 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from milter.printable import printable
-from milter.testing.client import StageAnswer, Transcript
+from milter.testing.client import Transcript
 from milter.testing.delivery import Envelope, Message
-from milter.testing.wire import (
-    AddHeader,
-    AddRecipient,
-    Change,
-    Command,
-    InsertHeader,
-    Quarantine,
-    RemoveRecipient,
-    ReplaceBody,
-    ReplaceHeader,
-    ReplaceSender,
-    decode_text,
-)
+from milter.testing.wire import Command, decode_text
+from milter.testing.words import answer_text, change_text
 
 if TYPE_CHECKING:
     from milter.testing.result import Result
@@ -58,7 +47,7 @@ def tell(result: "Result") -> Iterator[str]:
     yield summary(result)
     yield ""
     yield from stages(result.transcript)
-    changes = list(map(_change, result.actions))
+    changes = list(map(change_text, result.actions))
     if changes:
         yield ""
         yield "changes that the filter asked for:"
@@ -74,7 +63,7 @@ def stages(transcript: Transcript) -> Iterator[str]:
         argument = printable(entry.argument)
         if len(argument) > _ARGUMENT:
             argument = argument[: _ARGUMENT - 3] + "..."
-        yield f"  {stage_name(entry.stage):<8} {argument:<{_ARGUMENT}} {_answer(transcript, entry)}"
+        yield f"  {stage_name(entry.stage):<8} {argument:<{_ARGUMENT}} {answer_text(transcript, entry)}"
 
 
 def diff(result: "Result") -> list[str]:
@@ -121,35 +110,3 @@ def _line(text: str) -> str:
 
 def _recipients(transcript: Transcript) -> int:
     return len(transcript.envelope.recipients)
-
-
-def _answer(transcript: Transcript, entry: StageAnswer) -> str:
-    if entry.answer is not None:
-        return printable(str(entry.answer))
-    return "(not wanted)" if transcript.negotiated.declines(entry.stage) else "(no reply)"
-
-
-def _change(change: Change) -> str:
-    return printable(_change_text(change))
-
-
-def _change_text(change: Change) -> str:
-    match change:
-        case AddHeader(name, value):
-            return f"add header {name}: {value}"
-        case InsertHeader(index, name, value):
-            return f"insert header at {index}, {name}: {value}"
-        case ReplaceHeader(index, name, ""):
-            return f"delete header {name}, number {index}"
-        case ReplaceHeader(index, name, value):
-            return f"replace header {name}, number {index}: {value}"
-        case ReplaceSender(sender, params):
-            return f"replace sender {sender} {params or ''}".rstrip()
-        case AddRecipient(recipient, params):
-            return f"add recipient {recipient} {params or ''}".rstrip()
-        case RemoveRecipient(recipient):
-            return f"remove recipient {recipient}"
-        case Quarantine(reason):
-            return f"quarantine: {reason}"
-        case ReplaceBody(chunk):
-            return f"replace the body: {len(chunk)} bytes"
