@@ -480,9 +480,9 @@ def test_a_peer_that_does_not_read_is_given_up_and_holds_up_nobody(
     others = [*GREETING, *MESSAGE, QUIT]
     for link in links:
         stage = staged(link, mode, "timeout=1")
-        slow, other = stage.connect(), stage.connect()
-        if mode == "replying" and slow.socket.family != socket.AF_UNIX:
+        if mode == "replying" and stage.process.socket.startswith("inet"):
             pytest.skip("TCP holds millions of small answers")
+        slow, other = stage.connect(), stage.connect()
         sender = threading.Thread(target=slow.try_to_send, args=[encoded(session)])
         sender.start()
         slow.wait_for_bytes(100)
