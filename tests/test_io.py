@@ -148,6 +148,8 @@ class Connection:
     def _unread(self) -> int:
         if self.socket.family == socket.AF_UNIX:
             return self._queued(termios.TIOCOUTQ)
+        if not Path("/proc/net/tcp").exists():
+            pytest.skip("what TCP has not delivered yet is told in /proc")
         here, there = (f":{name[1]:04X}" for name in (self.socket.getsockname(), self.socket.getpeername()))
         for line in Path("/proc/net/tcp").read_text().splitlines():
             _, local, remote, _, queues, *_ = line.split()

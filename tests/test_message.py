@@ -72,6 +72,8 @@ def message_of(*lines: bytes, body: bytes = b"", leading_space: bool = False) ->
 @pytest.fixture
 def descriptors() -> Iterator[None]:
     """No file stays open."""
+    if not os.path.exists("/dev/fd"):
+        pytest.skip("open files are told in /proc, by way of /dev/fd")
     before = len(os.listdir("/dev/fd"))
     yield
     gc.collect()

@@ -205,6 +205,8 @@ def test_replying_handlers_of_the_body_may_skip_and_the_message_is_whole(serve: 
 
 def open_files() -> list[str]:
     """What the descriptors of this process lead to."""
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("open files are told in /proc")
     files = []
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # another thread may close one meanwhile

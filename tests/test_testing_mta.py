@@ -18,11 +18,13 @@ import pytest
 
 from milter import (
     Actions,
+    Address,
     Context,
     EomContext,
     HandlerError,
     Milter,
     NegotiateContext,
+    Params,
     Reply,
     SocketError,
     Status,
@@ -912,7 +914,12 @@ def test_whatever_is_offered_the_filter_is_the_one_that_was_asked_for() -> None:
 
 
 def test_what_is_raised_at_such_a_connection_is_raised_at_the_end() -> None:
-    app = raising("mail", LookupError("of a raw client"), 2)
+    app = Milter("raising")
+
+    @app.on_mail
+    def mail(ctx: Context, sender: Address, params: Params) -> Status:  # it replies: the client waits for it
+        raise LookupError("of a raw client")
+
     mta = MTA(app)
     mta.__enter__()
     client = mta.client()

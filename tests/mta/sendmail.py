@@ -88,6 +88,8 @@ def missing() -> str | None:
         return "Sendmail can only be started by root"
     if not _PROGRAM.exists():
         return f"Sendmail is not unpacked in {ROOT}; scripts/test.sh does that"
+    if not Path("/proc/net/tcp").exists():
+        return "whether Sendmail listens is told in /proc"
     return None
 
 
