@@ -1091,9 +1091,8 @@ size_t milter_set_max_data_size(size_t size)
 
 /*
  * The plan is copied; connections from now on follow it, or those that want it.
- * Its place for the count
- * of open sessions stays the caller's, who keeps it for ever: sessions may end
- * after the run. NULL: out of memory.
+ * Its place for the count of open sessions stays the caller's, who keeps it for
+ * ever: sessions may end after the run. NULL: out of memory.
  */
 struct milter_run *milter_begin(const struct milter_plan *plan)
 {
