@@ -136,14 +136,30 @@ def open_store(name: str) -> Store:
     return RedisStore(name) if name.startswith(("redis://", "rediss://", "unix://")) else SqliteStore(name)
 
 
+WAIT = 5.0  # seconds
+
+
+def log_ahead(connection: sqlite3.Connection) -> None:
+    """Let readers and a writer work side by side. Here SQLite never waits for other processes: it is asked again."""
+    end = time.monotonic() + WAIT
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as problem:
+            if problem.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() >= end:
+                raise
+            time.sleep(0.01)
+
+
 class SqliteStore:
     """A file that the workers of one machine share."""
 
     def __init__(self, path: str) -> None:
-        # One connection for all threads, in turn; other processes wait for up to five seconds.
-        self._connection = sqlite3.connect(path, timeout=5.0, check_same_thread=False, isolation_level=None)
+        # One connection for all threads, in turn; other processes wait for up to `WAIT` seconds.
+        self._connection = sqlite3.connect(path, timeout=WAIT, check_same_thread=False, isolation_level=None)
         self._lock = threading.Lock()
-        self._connection.execute("PRAGMA journal_mode = WAL")
+        log_ahead(self._connection)
         self._connection.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost a few seconds of memory
         self._connection.execute(
             "CREATE TABLE IF NOT EXISTS seen (key TEXT PRIMARY KEY, first REAL NOT NULL, until REAL NOT NULL)"

@@ -207,6 +207,34 @@ def test_workers_may_open_one_file_at_once(tmp_path: Path) -> None:
     assert [worker.exitcode for worker in workers] == [0] * 2
 
 
+def test_a_file_that_another_process_writes_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = sqlite3.connect(tmp_path / "greylist.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        other.execute("ROLLBACK")
+
+    monkeypatch.setattr("examples.greylist.time.sleep", wait)
+    SqliteStore(str(tmp_path / "greylist.db")).close()
+    other.close()
+    assert len(waits) == 1
+
+
+@pytest.mark.parametrize("problem", ["another process never ends", "there is no folder"])
+def test_a_file_that_cannot_be_opened_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
+    other = sqlite3.connect(tmp_path / "greylist.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    monkeypatch.setattr(greylist, "WAIT", 0.0)
+    name = {"another process never ends": "greylist.db", "there is no folder": "none/greylist.db"}[problem]
+    with pytest.raises(sqlite3.OperationalError):
+        SqliteStore(str(tmp_path / name))
+    other.close()
+
+
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"STORE": "/x", "DELAY": "1", "WINDOW": "2", "KEEP": "3", "ON_ERROR": "tempfail"}.items():
         monkeypatch.setenv(f"GREYLIST_{name}", value)
