@@ -19,6 +19,11 @@ _START_LIMIT = 20.0  # seconds
 _PROC = Path("/proc")
 
 
+def _environment() -> dict[str, str]:
+    """Without what the caller's Python may import: a filter of another library would find this one's modules."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 class StartFailed(Exception):
     """A filter does not listen; the text is the last line of what it said."""
 
@@ -31,7 +36,7 @@ class FilterProcess:
         self._log: IO[bytes] = open(directory / f"{name}.log", "w+b")  # noqa: SIM115  (closed by end)
         self._process = subprocess.Popen(
             [*program.command, self.socket],
-            env={**os.environ, **program.variables},
+            env={**_environment(), **program.variables},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-MEGABYTE = 1 << 20
+MEGABYTE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,21 @@ GROUPS = [
         Scenario(
             "large",
             "1 MB bodies",
-            "Four long-lived connections, messages with a body of 1,048,576 bytes.",
+            "Four long-lived connections, messages with a body of 1,000,000 bytes, which lie in memory.",
             "rate",
             connections=4,
             body=MEGABYTE,
             charted=True,
+        )
+    ],
+    [
+        Scenario(
+            "spooled",
+            "2 MB bodies",
+            "The same with 2,000,000 bytes, which lie in a file: they are larger than spool_size.",
+            "rate",
+            connections=4,
+            body=2 * MEGABYTE,
         )
     ],
     [

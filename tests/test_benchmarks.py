@@ -17,6 +17,7 @@ from benchmarks import __main__ as command
 from benchmarks import chart, report, waiting
 from benchmarks.contenders import Contender, Program
 from benchmarks.generator import Generator, LoadFailed, Told
+from benchmarks.process import FilterProcess, StartFailed
 from benchmarks.requirements import REQUIRED, judge
 from benchmarks.workshop import HERE, Workshop
 from milter import Context, EomContext, Milter, Params, Status
@@ -449,3 +450,12 @@ def test_requirements_are_judged() -> None:
     idle = {"median": {"kib_per_connection": 25.1}, "rounds": []}
     judged = {one["what"]: one for one in judge({"idle": {"results": {"milter-message": idle}}})}
     assert judged["on_message, memory of an idle connection"]["verdict"] == "MISSED"
+
+
+def test_a_filter_does_not_import_what_the_benchmark_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    program = [sys.executable, "-c", "import os; print('at', os.environ.get('PYTHONPATH'))"]
+    with pytest.raises(StartFailed, match="at None"):
+        FilterProcess(Program(program), "unix", tmp_path, "asked")
+    with pytest.raises(StartFailed, match="at /elsewhere"):
+        FilterProcess(Program(program, {"PYTHONPATH": "/elsewhere"}), "unix", tmp_path, "told")
