@@ -587,7 +587,7 @@ static int await_input(struct connection *connection, struct pollfd *fds, int ti
 {
     const int fd = fds->fd;
     const bool between = (fds->events & POLLPRI) == 0;
-    const bool wrote = gathered(connection) > 0;
+    const bool soon = gathered(connection) > 0 || connection->data_left > 0;
 
     fds->revents = 0;
     leave_queue(connection);
@@ -597,8 +597,8 @@ static int await_input(struct connection *connection, struct pollfd *fds, int ti
         return say_ready(connection, fds);
 
     flush(connection, fd);
-    for (int i = 0; wrote && i < YIELDS; i++)
-        sched_yield(); /* the MTA often has its next command ready as soon as it had the processor */
+    for (int i = 0; soon && i < YIELDS; i++)
+        sched_yield(); /* the MTA often has what comes next ready as soon as it had the processor */
     if (connection->error == 0 && take_block(connection))
         receive(connection, fd, NULL, 0);
     for (;;) {
