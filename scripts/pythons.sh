@@ -16,7 +16,7 @@ pythons() {
 }
 
 candidates() {
-    for version in 3.11 3.12 3.13 3.14; do
+    for version in 3.11 3.12 3.13 3.14 3.15; do
         echo "python$version"
         ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version"*/bin/python 2>/dev/null || true
     done
