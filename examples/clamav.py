@@ -71,10 +71,11 @@ def filter_with(settings: Settings) -> Milter:
             message.headers[RESULT] = "no"
             return Status.CONTINUE
         if virus is None:
-            message.headers[RESULT] = "clean"  # the only one: what others claim is deleted
+            message.headers[RESULT] = "clean"  # the only field: what others claim is deleted
             return Status.CONTINUE
         log.warning("%s from %s has %s", ctx.queue_id, ctx.address, virus)
         if settings.quarantine:
+            message.headers[RESULT] = "infected"
             ctx.quarantine(f"virus {virus}")
             return Status.CONTINUE
         return Reply(554, "5.7.1", f"virus found: {virus}")
@@ -102,10 +103,13 @@ async def scan(clamd: str, file: io.BufferedReader) -> str | None:
 
 
 async def connect(clamd: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    if clamd.startswith("unix:"):
-        return await asyncio.open_unix_connection(clamd.removeprefix("unix:"))
-    host, _, port = clamd.rpartition(":")
-    return await asyncio.open_connection(host, int(port))
+    try:
+        if clamd.startswith("unix:"):
+            return await asyncio.open_unix_connection(clamd.removeprefix("unix:"))
+        host, _, port = clamd.rpartition(":")
+        return await asyncio.open_connection(host, int(port))
+    except OSError as problem:
+        raise ScanError(f"no connection to clamd at {clamd}: {problem}") from problem
 
 
 async def send(writer: asyncio.StreamWriter, file: io.BufferedReader) -> None:
