@@ -217,11 +217,11 @@ class Supervisor:
 
     def _listen_to(self, worker: _Worker) -> None:
         try:
-            said = worker.control.recv(64)
+            said = worker.control.recv(64, socket.MSG_DONTWAIT)
         except OSError:
             said = b""
         if not said:  # it is about to end, and will be waited for
-            self._selector.unregister(worker.control)
+            self._listen_no_more_to(worker)
         if READY in said:
             worker.ready = True
             if not worker.told:
@@ -231,12 +231,17 @@ class Supervisor:
         if (DONE in said or FAILED in said) and not self._stopping:
             self._stop()
 
+    def _listen_no_more_to(self, worker: _Worker) -> None:
+        with contextlib.suppress(KeyError, ValueError):  # it may have been so before
+            self._selector.unregister(worker.control)
+
     def _tend(self) -> None:
         """What follows of what was noted."""
         self._kill(worker for worker in self._workers.values() if time.monotonic() >= worker.deadline)
         for pid in list(self._workers):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
+                self._listen_to(self._workers[pid])  # to what it said since the last look
                 self._bury(self._workers.pop(pid), os.waitstatus_to_exitcode(status))
         self._accompany()
         if self._stopping:
@@ -326,8 +331,7 @@ class Supervisor:
                 log.error("the process beside the workers cannot be started: %s", failure.strerror)
 
     def _bury(self, worker: _Worker, code: int) -> None:
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(worker.control)
+        self._listen_no_more_to(worker)
         worker.control.close()
         self._forget(worker.pid)
         if worker.told:

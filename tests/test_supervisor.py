@@ -122,6 +122,21 @@ def run(tmp_path: Path) -> Iterator[Any]:
         yield start
 
 
+@pytest.fixture
+def run_settled(run: Any, tmp_path: Path) -> Iterator[Any]:
+    """As `run`, and all workers serve, as far as the supervisor knows: one that dies earlier could not start."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "settled"))
+        manager.settimeout(PATIENCE)
+
+        def start(*options: str) -> Running:
+            process: Running = run(*options, environment={"NOTIFY_SOCKET": str(tmp_path / "settled")})
+            assert manager.recv(100) == b"READY=1\n"
+            return process
+
+        yield start
+
+
 # ---- Start and stop
 
 
@@ -296,8 +311,8 @@ def test_a_failing_on_stop_is_told(run: Any) -> None:
 # ---- Workers that die
 
 
-def test_a_killed_worker_is_replaced_and_nobody_is_refused(run: Any) -> None:
-    process = run()
+def test_a_killed_worker_is_replaced_and_nobody_is_refused(run_settled: Any) -> None:
+    process = run_settled()
     for number in range(3):
         worker = process.worker()
         os.kill(worker, signal.SIGKILL)
@@ -306,9 +321,8 @@ def test_a_killed_worker_is_replaced_and_nobody_is_refused(run: Any) -> None:
     assert process.log.text.count("was killed by SIGKILL") == 3
 
 
-def test_only_the_messages_of_a_killed_worker_fail(run: Any) -> None:
-    process = run("--workers", "2")
-    process.starts(2)
+def test_only_the_messages_of_a_killed_worker_fail(run_settled: Any) -> None:
+    process = run_settled("--workers", "2")
     clients = [process.greeted() for _ in range(12)]
     workers = [int(process.marks(client)["X-Worker"]) for client in clients]
     victim = workers[0]
@@ -583,12 +597,8 @@ def scraped(port: int) -> dict[str, str]:
 
 
 @needs_proc
-def test_a_system_without_descriptors_for_a_worker(run: Any, tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(PATIENCE)
-        process = run("--workers", "2", environment={"NOTIFY_SOCKET": str(tmp_path / "notify")})
-        assert manager.recv(100) == b"READY=1\n"
+def test_a_system_without_descriptors_for_a_worker(run_settled: Any) -> None:
+    process = run_settled("--workers", "2")
     most = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
     first, second = children(process.pid)
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, most[1]))  # and no new one: that is their number
@@ -619,6 +629,41 @@ def test_run_of_the_app_has_workers_too(tmp_path: Path) -> None:
         assert process.wait() == 0
     assert process.stdout.lines[-1] == "returned"
     assert process.stdout.lines.count("stop 1") == 4
+
+
+# A supervisor that is so late that it hears of each death before it hears what the worker said.
+LATE = """
+import threading
+
+from milter import supervisor
+
+
+def wait_for_a_death(self):
+    os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+
+
+supervisor.Supervisor._look = wait_for_a_death
+
+
+def ask_until_it_stops():
+    while True:
+        app.stop()
+
+
+@app.on_start
+def leave():
+    threading.Thread(target=ask_until_it_stops, daemon=True).start()
+"""
+
+
+def test_the_last_words_of_a_worker_are_heard_after_its_death(tmp_path: Path) -> None:
+    running = f"\nif __name__ == '__main__':\n    app.run('unix:{tmp_path}/s', workers=2)\n"
+    script = tmp_path / "thefilter.py"
+    script.write_text(FILTER + LATE + running)
+    with FilterProcess(script, directory=tmp_path) as process:
+        assert process.wait() == 0
+    assert process.stdout.lines == ["start 1", "start 1", "stop 1", "stop 1"]
+    assert "worker" not in process.log.text
 
 
 def test_systemd_is_told_at_an_abstract_address(run: Any) -> None:
