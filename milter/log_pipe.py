@@ -23,6 +23,9 @@ _LEVELS = (
     logging.INFO,
     logging.DEBUG,
 )
+_AFTER_THE_END = ("TASKMGR_LOCK error", "TASKMGR_UNLOCK error")
+"""Said by a worker thread that comes when libmilter has stopped and its pool's mutex is no more (mi_worker in
+libmilter/worker.c). It ends then, and nobody has to do anything about it."""
 _PATIENCE = 5.0
 """Seconds that a program's own handlers of log records get at the end."""
 
@@ -63,5 +66,6 @@ class LogPipe:
 
 def _log(line: bytes) -> None:
     """Log a line such as ``<3>filter: something is wrong``."""
-    priority, _, text = line[1:].partition(b">")
-    log.log(_LEVELS[int(priority) & 7], "%s", text.decode("utf-8", "backslashreplace"))
+    priority, _, rest = line[1:].partition(b">")
+    text = rest.decode("utf-8", "backslashreplace")
+    log.log(logging.DEBUG if text in _AFTER_THE_END else _LEVELS[int(priority) & 7], "%s", text)

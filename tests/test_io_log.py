@@ -57,6 +57,14 @@ def test_a_line_has_the_level_of_its_priority(priority: int, caplog: pytest.LogC
     ]
 
 
+def test_a_worker_of_libmilter_that_comes_after_its_end_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="milter.libmilter")
+    pipe = LogPipe()
+    os.write(pipe.writer, b"<3>TASKMGR_LOCK error\n<3>TASKMGR_UNLOCK error\n<3>another error\n")
+    pipe.drain()
+    assert [record.levelname for record in caplog.records] == ["DEBUG", "DEBUG", "ERROR"]
+
+
 def test_lines_that_come_in_pieces_are_whole_and_no_byte_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
     pipe = LogPipe()
     for piece in (b"<3>o", b"ne\n<3>", b"\xff\n"):
