@@ -122,19 +122,27 @@ def run(tmp_path: Path) -> Iterator[Any]:
         yield start
 
 
-@pytest.fixture
-def run_settled(run: Any, tmp_path: Path) -> Iterator[Any]:
-    """As `run`, and all workers serve, as far as the supervisor knows: one that dies earlier could not start."""
+@contextlib.contextmanager
+def until_ready(directory: Path) -> Iterator[dict[str, str]]:
+    """The environment of what starts meanwhile; at the end its supervisor knows that all workers serve.
+
+    A worker that dies earlier could not start, for the supervisor, also if it had a connection already.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(tmp_path / "settled"))
+        manager.bind(str(directory / "ready"))
         manager.settimeout(PATIENCE)
+        yield {"NOTIFY_SOCKET": str(directory / "ready")}
+        assert manager.recv(100) == b"READY=1\n"
 
-        def start(*options: str) -> Running:
-            process: Running = run(*options, environment={"NOTIFY_SOCKET": str(tmp_path / "settled")})
-            assert manager.recv(100) == b"READY=1\n"
-            return process
 
-        yield start
+@pytest.fixture
+def run_until_ready(run: Any, tmp_path: Path) -> Any:
+    def start(*options: str) -> Running:
+        with until_ready(tmp_path) as environment:
+            process: Running = run(*options, environment=environment)
+        return process
+
+    return start
 
 
 # ---- Start and stop
@@ -311,8 +319,8 @@ def test_a_failing_on_stop_is_told(run: Any) -> None:
 # ---- Workers that die
 
 
-def test_a_killed_worker_is_replaced_and_nobody_is_refused(run_settled: Any) -> None:
-    process = run_settled()
+def test_a_killed_worker_is_replaced_and_nobody_is_refused(run_until_ready: Any) -> None:
+    process = run_until_ready()
     for number in range(3):
         worker = process.worker()
         os.kill(worker, signal.SIGKILL)
@@ -321,8 +329,8 @@ def test_a_killed_worker_is_replaced_and_nobody_is_refused(run_settled: Any) -> 
     assert process.log.text.count("was killed by SIGKILL") == 3
 
 
-def test_only_the_messages_of_a_killed_worker_fail(run_settled: Any) -> None:
-    process = run_settled("--workers", "2")
+def test_only_the_messages_of_a_killed_worker_fail(run_until_ready: Any) -> None:
+    process = run_until_ready("--workers", "2")
     clients = [process.greeted() for _ in range(12)]
     workers = [int(process.marks(client)["X-Worker"]) for client in clients]
     victim = workers[0]
@@ -341,7 +349,11 @@ def test_when_no_worker_lives_it_gives_up_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "thefilter.py").write_text(deadly)
     impatient = "from milter import supervisor, cli; supervisor._FIRST_DELAY = 1e-6; raise SystemExit(cli.main())"
     arguments = ["run", "thefilter:app", "--socket", f"unix:{tmp_path}/s"]
-    with FilterProcess("-c", impatient, *arguments, directory=tmp_path) as process:
+    with contextlib.ExitStack() as stack:
+        with until_ready(tmp_path) as environment:
+            process = stack.enter_context(
+                FilterProcess("-c", impatient, *arguments, directory=tmp_path, environment=environment)
+            )
         address = process.socket
         with contextlib.suppress(MilterError):  # until nobody listens there any more
             while True:
@@ -597,8 +609,8 @@ def scraped(port: int) -> dict[str, str]:
 
 
 @needs_proc
-def test_a_system_without_descriptors_for_a_worker(run_settled: Any) -> None:
-    process = run_settled("--workers", "2")
+def test_a_system_without_descriptors_for_a_worker(run_until_ready: Any) -> None:
+    process = run_until_ready("--workers", "2")
     most = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
     first, second = children(process.pid)
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, most[1]))  # and no new one: that is their number
