@@ -11,7 +11,9 @@ The settings are environment variables:
   another one, nested too deeply, too large): ``reject`` (closed, the default) or ``accept`` (open).
 """
 
+import contextlib
 import io
+import lzma
 import os
 import re
 import sys
@@ -39,8 +41,20 @@ TYPES = (
 DEEPEST = 5
 """Archives in archives, and messages in messages."""
 MOST_ENTRIES = 10_000
-LARGEST_ENTRY = 64 << 20
-"""Bytes, of an archive in an archive."""
+"""Files in all archives of a message."""
+MOST_BYTES = 64 << 20
+"""Unpacked, of all archives and messages in the archives of a message."""
+
+# What zipfile says of an archive that is broken, encrypted, or packed in a way that it does not know.
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,24 @@ class Unreadable(Exception):
     """Something in which a program could hide cannot be looked into."""
 
 
+class Budget:
+    """What may still be unpacked of a message: a small archive can hold very much."""
+
+    def __init__(self) -> None:
+        self.entries = MOST_ENTRIES
+        self.bytes = MOST_BYTES
+
+    def take_entries(self, archive: str, count: int) -> None:
+        self.entries -= count
+        if self.entries < 0:
+            raise Unreadable(f"{archive} has {count} files")
+
+    def take_bytes(self, archive: str, count: int) -> None:
+        self.bytes = max(self.bytes - count, -1)
+        if self.bytes < 0:
+            raise Unreadable(f"{archive} is too large")
+
+
 @dataclass(frozen=True)
 class File:
     """An attachment, or a file in an archive."""
@@ -70,6 +102,8 @@ class File:
     """Those that one program or another may show."""
     type: str = ""
     content: bytes = b""
+    obstacle: str = ""
+    """Why it cannot be looked into."""
 
     @property
     def name(self) -> str:
@@ -84,14 +118,12 @@ def filter_with(settings: Settings) -> Milter:
 
     @app.on_message
     def block(ctx: EomContext, message: Message) -> Status | Reply:
-        try:
-            for file in files(message.email()):
-                reason = refused(file, settings)
-                if reason:
-                    return Reply(554, "5.7.1", f"attachments {reason} are not accepted here: {printable(file.name)}")
-        except Unreadable as obstacle:
-            if settings.refuse_unreadable:
-                return Reply(554, "5.7.1", f"an attachment cannot be checked: {printable(str(obstacle))}")
+        for file in files(message.email(), Budget()):
+            reason = refused(file, settings)
+            if reason:
+                return Reply(554, "5.7.1", f"attachments {reason} are not accepted here: {printable(file.name)}")
+            if file.obstacle and settings.refuse_unreadable:
+                return Reply(554, "5.7.1", f"an attachment cannot be checked: {printable(file.obstacle)}")
         return Status.CONTINUE
 
     return app
@@ -124,7 +156,7 @@ def printable(text: str) -> str:
 # ---- What is in a message
 
 
-def files(message: EmailMessage, depth: int = 0) -> Iterator[File]:
+def files(message: EmailMessage, budget: Budget, depth: int = 0) -> Iterator[File]:
     """All attachments, those of archives and of messages within the message as well."""
     if depth > DEEPEST:
         raise Unreadable("messages and archives are nested too deeply")
@@ -134,10 +166,23 @@ def files(message: EmailMessage, depth: int = 0) -> Iterator[File]:
         content = part.get_payload(decode=True)
         file = File(tuple(names(part)), part.get_content_type(), content if isinstance(content, bytes) else b"")
         yield file
-        if file.content.startswith(b"PK"):
-            yield from archived(file, depth + 1)
+        if file.content.startswith(b"PK") or file.ends_with(".zip"):
+            yield from or_obstacle(file, archived(file, budget, depth + 1))
         elif file.ends_with(".eml") or file.type == "message/rfc822":
-            yield from files(message_from_bytes(file.content, policy=policy.default), depth + 1)
+            yield from or_obstacle(file, attached(file, budget, depth + 1))
+
+
+def or_obstacle(file: File, within: Iterator[File]) -> Iterator[File]:
+    """What is in a file, up to what cannot be read. Whoever accepts that wants to see the other files all the same."""
+    try:
+        yield from within
+    except Unreadable as problem:
+        yield File(file.names, obstacle=str(problem))
+
+
+def attached(file: File, budget: Budget, depth: int) -> Iterator[File]:
+    """The files of a message that is a file itself."""
+    return files(message_from_bytes(file.content, policy=policy.default), budget, depth)
 
 
 # What programs take for the name, even where it is not written as it should be.
@@ -162,38 +207,33 @@ def decoded(name: str) -> str:
         return name
 
 
-def archived(archive: File, depth: int) -> Iterator[File]:
+def archived(archive: File, budget: Budget, depth: int) -> Iterator[File]:
     """The files of a zip file, and of those within it."""
     if depth > DEEPEST:
         raise Unreadable("messages and archives are nested too deeply")
+    with unpacking(archive.name), zipfile.ZipFile(io.BytesIO(archive.content)) as opened:
+        budget.take_entries(archive.name, len(opened.infolist()))
+        for entry in opened.infolist():
+            file = File((entry.filename,))
+            yield file
+            if file.ends_with(".zip", ".eml"):
+                yield from or_obstacle(file, inner(opened, entry, budget, depth + 1))
+
+
+def inner(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, budget: Budget, depth: int) -> Iterator[File]:
+    with unpacking(entry.filename), opened.open(entry) as packed:
+        content = packed.read(budget.bytes + 1)  # whatever the archive says about its size
+    budget.take_bytes(entry.filename, len(content))
+    file = File((entry.filename,), content=content)
+    yield from (attached if file.ends_with(".eml") else archived)(file, budget, depth)
+
+
+@contextlib.contextmanager
+def unpacking(name: str) -> Iterator[None]:
     try:
-        with zipfile.ZipFile(io.BytesIO(archive.content)) as opened:
-            entries = opened.infolist()
-            if len(entries) > MOST_ENTRIES:
-                raise Unreadable(f"{archive.name} has {len(entries)} files")
-            for entry in entries:
-                file = File((entry.filename,))
-                yield file
-                if file.ends_with(".zip", ".eml"):
-                    yield from inner(File(file.names, content=extracted(opened, entry)), depth)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, EOFError) as problem:
-        raise Unreadable(f"{archive.name}: {problem}") from problem
-
-
-def inner(file: File, depth: int) -> Iterator[File]:
-    if file.ends_with(".eml"):
-        yield from files(message_from_bytes(file.content, policy=policy.default), depth + 1)
-    else:
-        yield from archived(file, depth + 1)
-
-
-def extracted(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    """The file, whatever the archive says about its size: a small archive may hold a very large one."""
-    with archive.open(entry) as file:
-        content = file.read(LARGEST_ENTRY + 1)
-    if len(content) > LARGEST_ENTRY:
-        raise Unreadable(f"{entry.filename} is too large")
-    return content
+        yield
+    except ZIP_ERRORS as problem:
+        raise Unreadable(f"{name}: {problem}") from problem
 
 
 app = filter_with(Settings.from_environment())

@@ -115,13 +115,24 @@ def test_the_refusal_names_the_file_in_ascii(serve: Serve) -> None:
 
 
 def bomb(monkeypatch: pytest.MonkeyPatch) -> bytes:
-    monkeypatch.setattr(attachments, "LARGEST_ENTRY", 1000)
+    monkeypatch.setattr(attachments, "MOST_BYTES", 1000)
     return zipped({"inner.zip": b"\0" * 100_000})
+
+
+def several(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """None of them is too large by itself."""
+    monkeypatch.setattr(attachments, "MOST_BYTES", 1000)
+    return zipped({f"{number}.zip": zipped({"a.txt": b""}) for number in range(50)})
 
 
 def many(monkeypatch: pytest.MonkeyPatch) -> bytes:
     monkeypatch.setattr(attachments, "MOST_ENTRIES", 3)
     return zipped({str(number): b"" for number in range(4)})
+
+
+def many_in_all(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    monkeypatch.setattr(attachments, "MOST_ENTRIES", 6)
+    return zipped({f"{number}.zip": zipped({"a": b"", "b": b""}) for number in range(3)})
 
 
 def deep(monkeypatch: pytest.MonkeyPatch) -> bytes:
@@ -142,12 +153,20 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> bytes:
     return zipped({"readme.txt": b"text"})[:-10]
 
 
+def no_zip(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """Something that begins otherwise; a program that goes by the name may find an archive in it."""
+    return b"text"
+
+
 UNREADABLE = {
     bomb: "inner.zip is too large",
+    several: "9.zip is too large",
     many: "a.zip has 4 files",
+    many_in_all: "1.zip has 2 files",
     deep: "messages and archives are nested too deeply",
-    encrypted: "a.zip: File <ZipInfo filename='inner.zip'",
+    encrypted: "inner.zip: File <ZipInfo filename='inner.zip'",
     broken: "a.zip: File is not a zip file",
+    no_zip: "a.zip: File is not a zip file",
 }
 
 
@@ -163,6 +182,34 @@ def test_an_archive_that_cannot_be_looked_into_is_refused(
 def test_an_archive_that_cannot_be_looked_into_may_pass(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = send(serve(filter_with(Settings(refuse_unreadable=False))), named("a.zip", broken(monkeypatch)))
     assert opened.outcome is Outcome.ACCEPTED
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_no_broken_archive_is_an_error_of_the_filter(method: int) -> None:
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w", method) as archive:
+        archive.writestr("mail.eml", b"Subject: x\n\nHi.\n" * 9)
+        archive.writestr("inner.zip", zipped({"a.txt": b"text"}))
+    content = inner.getvalue()
+    obstacles = 0
+    for place in range(len(content)):
+        for byte in (b"\0", b"\x10", b"\xff"):
+            broken = attachments.File(("a.zip",), content=content[:place] + byte + content[place + 1 :])
+            found = attachments.or_obstacle(broken, attachments.archived(broken, attachments.Budget(), 1))
+            obstacles += any(file.obstacle for file in found)
+    assert obstacles
+
+
+@pytest.mark.parametrize(
+    "before",
+    [b"PK, but no zip file", zipped({"broken.zip": b"PK", "setup.exe": b""})],
+    ids=["an attachment", "a file in the archive"],
+)
+def test_behind_something_unreadable_a_program_is_found_all_the_same(serve: Serve, before: bytes) -> None:
+    both = named("a.zip", before).replace(
+        b"--b--\n", b"--b\nContent-Disposition: attachment; filename=x.exe\n\n--b--\n"
+    )
+    assert "attachments that end in .exe" in refusal(send(serve(filter_with(Settings(refuse_unreadable=False))), both))
 
 
 def test_messages_nested_too_deeply_are_refused(serve: Serve) -> None:
