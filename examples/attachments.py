@@ -20,7 +20,7 @@ import sys
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from email import message_from_bytes, policy
 from email.errors import HeaderParseError
@@ -229,7 +229,7 @@ def inner(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, budget: Budget, depth
 
 
 @contextlib.contextmanager
-def unpacking(name: str) -> Iterator[None]:
+def unpacking(name: str) -> Generator[None, None, None]:
     try:
         yield
     except ZIP_ERRORS as problem:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from email import policy
 from email.message import Message as Fields
 from email.parser import BytesHeaderParser
-from itertools import compress
+from itertools import compress, islice
 from pathlib import Path
 
 from milter import EomContext, Message, Milter, Status
@@ -41,6 +41,9 @@ SEALED = {
     "application/x-pkcs7-mime",
     "application/pgp-encrypted",
 }
+MOST_PARTS = 1000
+"""Of a multipart; and DEEPEST is how many may lie one within the other. Some messages are made to keep filters busy."""
+DEEPEST = 100
 PGP = re.compile(rb"^-----BEGIN PGP (SIGNED )?MESSAGE-----", re.M)
 
 
@@ -168,18 +171,20 @@ def subparts(part: Part) -> Iterator[tuple[int, int]]:
 # ---- Where the footer goes
 
 
-def with_footer(part: Part, settings: Settings) -> Part:
+def with_footer(part: Part, settings: Settings, depth: int = 0) -> Part:
     """The same part with the footer in its text; raises LeftAlone."""
+    if depth > DEEPEST:
+        raise LeftAlone("parts that are nested too deeply")
     try:
-        return part_with_footer(part, settings)
+        return part_with_footer(part, settings, depth)
     except (TypeError, ValueError) as problem:  # of the standard library, for fields that nobody should write
         raise LeftAlone("fields that are no MIME") from problem
 
 
-def part_with_footer(part: Part, settings: Settings) -> Part:
+def part_with_footer(part: Part, settings: Settings, depth: int) -> Part:
     refuse_sealed(part, settings)
     if part.type.startswith("multipart/"):
-        return multipart_with_footer(part, settings)
+        return multipart_with_footer(part, settings, depth)
     if part.fields.get_content_disposition() == "attachment":
         raise LeftAlone("no text")
     if part.type == "text/plain":
@@ -196,8 +201,10 @@ def refuse_sealed(part: Part, settings: Settings) -> None:
         raise LeftAlone("signed by DKIM")
 
 
-def multipart_with_footer(part: Part, settings: Settings) -> Part:
-    spans = list(subparts(part))
+def multipart_with_footer(part: Part, settings: Settings, depth: int) -> Part:
+    spans = list(islice(subparts(part), MOST_PARTS + 1))
+    if len(spans) > MOST_PARTS:
+        raise LeftAlone("too many parts")
     parts = [Part.of(part.body[start:end]) for start, end in spans]
     for inner in parts:
         refuse_sealed(inner, settings)
@@ -208,11 +215,12 @@ def multipart_with_footer(part: Part, settings: Settings) -> Part:
         meant = [True]
     if not any(meant):
         raise LeftAlone("no text")
-    body, position = b"", 0
+    pieces: list[bytes] = []
+    position = 0
     for (start, end), inner in compress(zip(spans, parts, strict=True), meant):
-        body += part.body[position:start] + with_footer(inner, settings).as_bytes()
+        pieces += [part.body[position:start], with_footer(inner, settings, depth + 1).as_bytes()]
         position = end
-    part.body = body + part.body[position:]
+    part.body = b"".join([*pieces, part.body[position:]])
     return part
 
 

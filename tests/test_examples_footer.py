@@ -179,7 +179,20 @@ def test_flowing_text_does_not_flow_into_the_footer(serve: Serve) -> None:
     assert message.body == b"A paragraph that \r\n\r\n-- \r\n > Example\r\n From us\r\n  done\r\n"
 
 
+def nested(depth: int) -> bytes:
+    content = b"Content-Type: text/plain\n\nHi.\n"
+    for level in range(depth):
+        content = b"Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n%b--b%d--\n" % (level, level, content, level)
+    return content
+
+
+def of_parts(count: int) -> bytes:
+    return b"Content-Type: multipart/alternative; boundary=b\n\n" + b"--b\n\nHi.\n" * count + b"--b--\n"
+
+
 LEFT_ALONE = {
+    "nested too deeply": nested(500),
+    "too many parts": of_parts(1001),
     "multipart/signed": b"Content-Type: multipart/signed; boundary=b\n\n--b\n\nHi.\n--b\n\nsig\n--b--\n",
     "inside": (
         b"Content-Type: multipart/mixed; boundary=a\n\n--a\n\nHi.\n--a\n"
@@ -212,6 +225,11 @@ def test_what_is_sealed_or_cannot_be_understood_is_left_alone(serve: Serve, cont
     assert reason.startswith("none (")
     assert message.body == Message.parse(content).body
     assert message.headers[:-1] == Message.parse(content).headers
+
+
+@pytest.mark.parametrize("content", [nested(50), of_parts(1000)], ids=["nested", "many parts"])
+def test_large_messages_are_no_trouble(serve: Serve, content: bytes) -> None:
+    assert field(footed(serve, content), "X-Footer") == "added"
 
 
 def test_bytes_that_nobody_knows_are_not_made_utf_8(serve: Serve) -> None:
