@@ -141,7 +141,8 @@ def test_a_known_attachment_is_refused(load: Load, tmp_path: Path, milter_mta: M
 class Judge(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        score = {"good": b'{"score": 0.25}', "bad": b'{"score": 0.99}'}.get(asked["subject"], b"what?")
+        scores = {"good": b'{"score": 0.25}', "bad": b'{"score": 0.99}', "bad?": b'{"score": 0.98}'}
+        score = scores.get(asked["subject"], b"what?")
         self.send_response(200)
         self.send_header("Content-Length", str(len(score)))
         self.end_headers()
@@ -156,11 +157,13 @@ def test_a_web_service_judges(load: Load, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv("SERVICE", f"http://127.0.0.1:{server.server_port}")
         with MTA(load("howto/web-service.md", "ask")) as mta:
             results = [mta.send(message=f"Subject: {subject}\n\n") for subject in ("good", "bad", "broken")]
+            stray = mta.send(sender="\udcff@client.example", message=b"Subject: bad\xff\n\n")
         server.shutdown()
     assert results[0].headers["X-Score"] == "0.25"
     assert results[1].reply == "550 5.7.1 this looks like spam"
     assert results[2].accepted
     assert "X-Score" not in results[2].headers
+    assert stray.reply == "550 5.7.1 this looks like spam"
 
 
 def test_senders_are_counted_in_a_file(load: Load, tmp_path: Path) -> None:
