@@ -24,7 +24,7 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SHIM = Path("milter", "shim")
-SOURCES = ("milter_shim.c", "content.c", "changes.c", "macro_guard.c", "io.c", "threads.c", "turns.c")
+SOURCES = ("milter_shim.c", "content.c", "changes.c", "macro_guard.c", "io.c", "threads.c", "turns.c", "child.c")
 
 MISSING_PKG_CONFIG = """\
 milter: pkg-config is missing, so libmilter cannot be found.
@@ -84,7 +84,7 @@ def builder() -> FFI:
     ffi.set_source(
         "milter._shim",
         # With another libmilter the source is another one, and is compiled anew.
-        f'/* {archive or "shared"} */\n#include "milter_shim.h"\n#include "io.h"\n',
+        f'/* {archive or "shared"} */\n#include "milter_shim.h"\n#include "child.h"\n#include "io.h"\n',
         sources=[str(SHIM / name) for name in SOURCES],
         depends=[str(SHIM / path.name) for path in sorted((HERE / SHIM).glob("*.h"))] + objects,
         define_macros=archive.macros if archive else [],

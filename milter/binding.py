@@ -13,7 +13,7 @@ The life of a call, from here on (its beginning, in C, is told in shim/milter_sh
    exception here, a callback not attached, no memory) is the number 0, which the shim takes for a failure,
    and answers as a temporary one.
 
-Only this module and :mod:`milter.libmilter` touch ``ffi`` and ``lib``.
+Only this module, :mod:`milter.libmilter` and :mod:`milter.children` touch ``ffi`` and ``lib``.
 
 The invariants, with and without the GIL:
 
@@ -70,6 +70,11 @@ def _check(result: int, action: str) -> None:
         return
     if result == lib.MILTER_EXPIRED:
         raise ContextError(f"{action} came too late: the handler of this context has returned")
+    if result == lib.MILTER_CHILD:
+        raise ContextError(
+            f"{action} is impossible in a forked child: only the process that serves can talk to the MTA. Ask "
+            "before the fork, and act when the child has told what it found"
+        )
     raise ActionError(f"{action} was not sent: {_RESULTS.get(result, f'error {result}')}")
 
 

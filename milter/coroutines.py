@@ -9,6 +9,8 @@ import inspect
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
+from milter import children
+
 __all__ = ["NoEventLoop", "event_loop_for", "is_coroutine_function", "refuse_awaitable"]
 
 
@@ -40,7 +42,7 @@ class NoEventLoop:
 
     def run_hook(self, hook: Callable[[], Any]) -> None:
         """Call a hook of the process."""
-        result = hook()
+        result = children.call(hook)
         refuse_awaitable(result, getattr(hook, "__qualname__", repr(hook)))
 
     def answer(self, awaitable: Awaitable[Any], name: str) -> Any:

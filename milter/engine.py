@@ -28,6 +28,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from milter import children
 from milter.app import WHOLE_MESSAGE, Handler, Milter
 from milter.context import Call, Context, Conversation, EomContext, NegotiateContext, Transaction, expire
 from milter.coroutines import NoEventLoop, refuse_awaitable
@@ -169,6 +170,7 @@ class Engine:
         self._leading_space = self.plan.shows_leading_space
         self._sees_refused = self.plan.sees_refused_recipients
         self._connections: dict[int, _Connection] = {}
+        self._generation = children.generation
         self._steps = {stage: self._step(stage) for stage in Stage}
         readers: dict[str, tuple[_Reader, Stage]] = {
             "C": (self._connect, Stage.CONNECT),
@@ -436,7 +438,9 @@ class Engine:
         return CONTINUE
 
     def _checked(self, handler: Handler, verdict: Verdict, stage: Stage) -> Decision:
-        """The verdict, if it is one that means something here."""
+        """The verdict, if it is one that means something here. A child that the handler has forked ends."""
+        if children.generation != self._generation:
+            children.end(None)
         if verdict is None or (verdict is CONTINUE and not handler.observes):
             return CONTINUE
         if not isinstance(verdict, Status | Reply):
@@ -463,6 +467,7 @@ class Engine:
         call: Call,
     ) -> Decision:
         """A handler raised: tell the log, and give the answer that the filter's policy has for it."""
+        children.end_if_forked(self._generation, failure)
         policy = self.app.on_error
         decision = Status.TEMPFAIL if isinstance(policy, str) else policy
         transaction = connection.transaction

@@ -15,6 +15,7 @@ import os
 import socket
 import threading
 
+from milter import children
 from milter._shim import ffi, lib
 from milter.errors import MilterError
 from milter.log_pipe import LogPipe
@@ -161,6 +162,7 @@ class Libmilter:
         self._take_log()  # not before: that a port was in use is nobody's concern
         self._put(listener)
         self.ended, self._end = os.pipe()
+        children.hide(self.ended)
         error = lib.milter_serve(self._end)
         if error != 0:  # pragma: no cover (threads do not run out in tests)
             raise MilterError(f"no thread for libmilter: {os.strerror(error)}")
@@ -179,9 +181,14 @@ class Libmilter:
             self._log.drain()
 
     def leave_log(self) -> None:
-        """At the end of the process, or in a child of it that has no thread to read the pipe."""
+        """At the end of the process, or in a child of it, which has no thread to read the pipe."""
         lib.milter_io_log_to(-1)
         self._log = None
+
+    def forget_in_child(self) -> None:
+        """Another thread of the parent may have had the lock; and the pipe is the parent's."""
+        self._lock = threading.Lock()
+        self.leave_log()
 
     def _put(self, listener: socket.socket) -> None:
         os.dup2(listener.fileno(), self._descriptor, inheritable=False)
@@ -227,7 +234,7 @@ class Libmilter:
 
 libmilter = Libmilter()
 atexit.register(libmilter.at_exit)
-os.register_at_fork(after_in_child=libmilter.leave_log)
+os.register_at_fork(after_in_child=libmilter.forget_in_child)
 
 
 def _identity(descriptor: int) -> tuple[int, int] | None:

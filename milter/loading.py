@@ -8,6 +8,7 @@ import traceback
 from types import TracebackType
 from typing import Any
 
+from milter import children
 from milter.app import Milter
 from milter.errors import MilterError
 
@@ -50,7 +51,7 @@ def load(specification: str) -> Milter[Any, Any]:
 
 def _imported(name: str) -> Any:
     try:
-        return importlib.import_module(name)
+        return children.call(importlib.import_module, name)
     except ModuleNotFoundError as failure:
         if failure.name is not None and (failure.name == name or name.startswith(f"{failure.name}.")):
             raise LoadError(

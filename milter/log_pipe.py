@@ -11,6 +11,8 @@ import select
 import threading
 from collections import deque
 
+from milter import children
+
 log = logging.getLogger("milter.libmilter")
 
 _LEVELS = (
@@ -35,6 +37,7 @@ class LogPipe:
 
     def __init__(self) -> None:
         self._reader, self.writer = os.pipe()
+        children.hide(self._reader)
         os.set_blocking(self.writer, False)
         self._drained: deque[threading.Event] = deque()
         threading.Thread(target=self._read, name="milter: libmilter's log", daemon=True).start()

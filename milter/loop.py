@@ -29,6 +29,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
+from milter import children
 from milter.coroutines import NoEventLoop, discard, is_coroutine_function
 
 __all__ = ["EventLoop"]
@@ -58,11 +59,15 @@ class _Job:
         self._over.acquire()
 
     async def perform(self) -> "_Outcome":
-        """On the loop. Raises nothing: SystemExit would end the loop instead of the handler."""
+        """On the loop. Raises nothing: SystemExit would end the loop instead of the handler. A child ends here."""
+        generation = children.generation
         try:
-            return await self.awaitable, None
+            result = await self.awaitable
         except BaseException as failure:
+            children.end_if_forked(generation, failure)
             return None, failure
+        children.end_if_forked(generation, None)
+        return result, None
 
     def wait(self, seconds: float | None) -> bool:
         """Is it settled within this time?"""
@@ -226,16 +231,42 @@ class EventLoop(NoEventLoop):
 
     def _serve(self) -> None:
         """The thread's life. A task of the filter that raises SystemExit, say, ends neither thread nor loop."""
-        while not self._ending:
-            try:
-                self._loop.run_forever()
-            except BaseException:
-                log.critical("a background task raised; the event loop goes on", exc_info=True)
+        with children.undone(self._forsake):
+            while not self._ending:
+                try:
+                    children.call(self._loop.run_forever)
+                except BaseException:
+                    log.critical("a background task raised; the event loop goes on", exc_info=True)
         with self._lock:
             self._closed = True
         for job in self._drain():
             self._settle(job, _cancelled("the event loop has ended"))
         self._runner.close()
+
+    # ---- In a forked child
+
+    def _forsake(self) -> None:
+        """In a child. A coroutine that has forked must not go back to the loop, where its parent's tasks wait.
+
+        What the loop would do next is taken away; instead the child ends when the coroutine returns, raises or waits.
+        """
+        if threading.get_ident() == self._thread.ident:
+            ready = getattr(self._loop, "_ready", None)  # asyncio's own; another loop goes through with its round
+            if ready is not None:
+                ready.clear()
+            self._loop.call_soon(_end_child, asyncio.current_task(self._loop))
+
+
+def _end_child(task: "asyncio.Task[Any] | None") -> None:
+    """The task that has forked has given the loop back. One that has ended may have raised."""
+    if task is not None and task.done() and not task.cancelled():
+        children.end(task.exception())
+    children.end(
+        RuntimeError(
+            "a coroutine forked, and its child awaited something: the event loop is the parent's. In a child use plain "
+            "functions, asyncio.run(), or os._exit(); or start processes with asyncio.create_subprocess_exec()"
+        )
+    )
 
 
 def _cancelled(because: str) -> _Outcome:

@@ -42,6 +42,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from milter import children
 from milter.errors import MilterError, SocketError
 from milter.printable import printable
 from milter.protocol import Stage
@@ -246,6 +247,7 @@ class Exporter:
         if _directory is None:
             listener = self._stack.enter_context(listen(address))
             self.address = address_of(listener)
+            self._stack.callback(children.show, children.hide(listener.fileno()))
             self._stack.enter_context(_answering(listener, _WithTheUsers(self.collector.registry)))
 
     def close(self) -> None:

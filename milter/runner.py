@@ -11,10 +11,10 @@ import logging
 import os
 import socket as sockets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Unpack
 
-from milter import logs, metrics
+from milter import children, logs, metrics
 from milter.app import Milter
 from milter.errors import MilterError
 from milter.listener import Listener, SharedListener, open_listener
@@ -93,8 +93,8 @@ def _set_up_logging(options: RunOptions) -> None:
 
 def _supervise(get: Any, name: str, socket: str | None, options: RunOptions) -> int:
     with _prepared(socket, options) as (listener, user), _metrics(options["metrics"], listener, user) as metrics_of:
-        work = functools.partial(_work, get, listener, user, options)
-        forget, companion = metrics_of
+        forget, companion, useless = metrics_of
+        work = functools.partial(_work, get, listener, user, options, useless)
         supervisor = Supervisor(
             listener, options["workers"], work, forget, companion=companion, grace=options["grace"], name=name
         )
@@ -107,15 +107,16 @@ Companion = Callable[[int], int]
 @contextlib.contextmanager
 def _metrics(
     address: str | None, listener: Listener, user: Identity | None
-) -> Iterator[tuple[Callable[[int], None], Companion | None]]:
-    """What is to be called when a worker has ended, and what the process does that answers Prometheus."""
+) -> Iterator[tuple[Callable[[int], None], Companion | None, list[sockets.socket]]]:
+    """What is to be called when a worker has ended; what the process does that answers Prometheus; where it listens."""
     if address is None:
-        yield lambda process: None, None
+        yield lambda process: None, None, []
         return
     with metrics.directory() as directory, metrics.listen(address) as endpoint:
         if user is not None:
             os.chown(directory.path, user.user, user.group)
-        yield directory.forget, functools.partial(_answer_prometheus, directory, endpoint, listener, user)
+        companion = functools.partial(_answer_prometheus, directory, endpoint, listener, user)
+        yield directory.forget, companion, [endpoint]
 
 
 def _answer_prometheus(
@@ -129,9 +130,20 @@ def _answer_prometheus(
     return 0
 
 
-def _work(get: Any, listener: Listener, user: Identity | None, options: RunOptions, control: sockets.socket) -> int:
-    """In a worker."""
+def _work(
+    get: Any,
+    listener: Listener,
+    user: Identity | None,
+    options: RunOptions,
+    useless: Iterable[sockets.socket],
+    control: sockets.socket,
+) -> int:
+    """In a worker. `useless`: what only other processes need."""
     from milter.worker import work
+
+    for end in useless:
+        end.close()
+    children.hide(listener.socket.fileno())
 
     def make(bell: Bell) -> Server:
         if user is not None:

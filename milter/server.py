@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Unpack
 
+from milter import children
 from milter.app import Milter
 from milter.binding import Run
 from milter.coroutines import NoEventLoop, event_loop_for
@@ -58,6 +59,7 @@ class Server:
         self._socket = socket
         self._options = start_options(options)
         self._listener: Listener | None = None
+        self._hidden = -1
         self._run: Run | None = None
         self._loop = NoEventLoop()
         self._exporter: Exporter | None = None
@@ -100,6 +102,7 @@ class Server:
     def _start(self) -> None:
         options = self._options
         listener = self._socket if isinstance(self._socket, Listener) else _open(self._socket, options)
+        self._hidden = children.hide(listener.socket.fileno())
         try:
             with _only_one(self):
                 self._loop = event_loop_for(self._app.functions, self._app.handler_timeout)
@@ -122,6 +125,7 @@ class Server:
             self._loop.stop()
             self._close_exporter()
             listener.close()
+            children.show(self._hidden)
             raise
         self._listener = listener
         log.info("%s is listening on %s", self._app.name, listener)
@@ -142,7 +146,7 @@ class Server:
     def wait(self) -> None:
         """Wait until somebody asks for the stop. Raises :class:`MilterError` when libmilter gives up by itself."""
         with self._bell.woken_by_signals():
-            if self._bell.wait(libmilter.ended):
+            if children.call(self._bell.wait, libmilter.ended):
                 return
         if not libmilter.ended_well():
             raise MilterError("libmilter has stopped serving; the system's log (facility mail) tells why")
@@ -161,8 +165,9 @@ class Server:
         self._bell.silence()
         libmilter.pause(self._listener.exclusive)
         self._listener.close()
-        self._drain(self._run, self._listener, self._options["grace"] if grace is None else grace)
+        children.call(self._drain, self._run, self._listener, self._options["grace"] if grace is None else grace)
         with contextlib.ExitStack() as stack:  # each of them, the last first, whatever the others raise
+            stack.callback(children.show, self._hidden)
             stack.callback(self._bell.close)
             stack.callback(self._loop.stop)
             stack.callback(self._close_exporter)
@@ -224,11 +229,21 @@ _running: set[Server] = set()
 _starting = threading.Lock()
 
 
+def _begin_anew() -> None:
+    """In a forked child: nothing runs there, and nothing is about to."""
+    global _starting
+    _running.clear()
+    _starting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
+
+
 @contextlib.contextmanager
 def _only_one(server: Server) -> Iterator[None]:
     """libmilter is one for the process, so one filter runs at a time; one after the other is fine."""
     with _starting:
-        if any(not other._stopped and other._process == os.getpid() for other in _running):
+        if any(not other._stopped for other in _running):
             raise MilterError("another filter is running in this process, and libmilter serves one at a time")
         _running.add(server)
         try:
@@ -248,11 +263,10 @@ def _handlers_end(server: Server) -> bool:
 @atexit.register
 def _leave() -> None:
     """A handler that enters a finalized interpreter would crash the process: let none, wait for the last ones."""
-    here = [server for server in _running if server._process == os.getpid()]
-    for server in here:
+    for server in _running:
         if server._run is not None:
             server._run.close_gate()
-    if not all(_handlers_end(server) for server in here):
+    if not all(_handlers_end(server) for server in _running):
         log.critical("handlers did not end: the process ends without them")
         logging.shutdown()
         os._exit(_EXIT_UNFINISHED)

@@ -7,6 +7,7 @@ thread gets none of them: once it sleeps. See :func:`wait_for_signal_thread`.
 """
 
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -15,6 +16,9 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+from milter import children
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _ASKED, _INSISTED = 0, 255  # no signals
@@ -38,6 +42,7 @@ class Bell:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
         os.set_blocking(self._writer, False)
+        self._hidden = children.hide(self._reader)
         self._in_use = 1  # by its owner, and by the signals while they ring it
 
     @classmethod
@@ -89,6 +94,7 @@ class Bell:
     def close(self) -> None:
         self._in_use -= 1
         if self._in_use == 0:
+            children.show(self._hidden)
             os.close(self._reader)
             os.close(self._writer)
 
@@ -96,12 +102,12 @@ class Bell:
     def rung_by_signals(self) -> Iterator[None]:
         """Installed before libmilter's threads start, or a signal that one of them takes could end the process."""
         handlers = {number: signal.signal(number, _noted) for number in _SIGNALS}
+        restore = functools.partial(_restore, handlers)
         try:
-            with self.woken_by_signals():
+            with children.undone(restore), self.woken_by_signals():
                 yield
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            restore()
 
     @contextlib.contextmanager
     def woken_by_signals(self) -> Iterator[None]:
@@ -112,10 +118,20 @@ class Bell:
         before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._in_use += 1
         try:
-            yield
+            with children.undone(_wake_nobody):
+                yield
         finally:
             signal.set_wakeup_fd(before)
             self.close()
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _wake_nobody() -> None:
+    signal.set_wakeup_fd(-1)
 
 
 def _noted(number: int, frame: FrameType | None) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from milter import children
 from milter.descriptors import sockets
 from milter.errors import MilterError
 
@@ -91,9 +92,11 @@ class StageDoor:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.socket.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
         self.socket.listen()
+        self._hidden = children.hide(self.socket.fileno())
 
     def remove(self) -> None:
         """Nobody finds it any more."""
+        children.show(self._hidden)
         if self._directory is not None:
             (self._directory / "s").unlink(missing_ok=True)
             self._directory.rmdir()

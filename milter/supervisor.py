@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
-from milter import notify
+from milter import children, notify
 from milter.listener import Listener
 
 __all__ = ["DONE", "DRAIN", "END", "FAILED", "READY", "Supervisor"]
@@ -93,6 +93,10 @@ class _Companion:
 
     def _is_hopeless(self) -> bool:
         return self._deaths >= _HOPELESS
+
+    def hide(self) -> None:
+        """In a worker: whom it forks shall not keep the companion alive."""
+        children.hide(self._writer)
 
     def be(self) -> int:
         """In the child."""
@@ -281,6 +285,9 @@ class Supervisor:
 
         def be_worker() -> int:
             ours.close()
+            children.hide(theirs.fileno())
+            if self._companion is not None:
+                self._companion.hide()
             return self._work(theirs)
 
         with contextlib.closing(theirs):

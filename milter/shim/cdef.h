@@ -26,7 +26,7 @@ enum milter_mode { MILTER_IGNORE, MILTER_RECORD, MILTER_DEFER, MILTER_ENTER };
 #define MILTER_HOLDS ...
 enum milter_result {
     MILTER_OK, MILTER_EXPIRED, MILTER_NOT_EOM, MILTER_NOT_GRANTED, MILTER_TOO_LONG, MILTER_BODY_OVER, MILTER_FAILED,
-    MILTER_ABSENT, MILTER_BUSY, ...
+    MILTER_ABSENT, MILTER_BUSY, MILTER_CHILD, ...
 };
 
 struct milter_plan {
@@ -104,6 +104,11 @@ int milter_quarantine(struct milter_session *session, uint64_t token, const char
 int milter_progress(struct milter_session *session, uint64_t token);
 int milter_offer_progress(struct milter_session *session, uint64_t token);
 char *milter_reserve_changes(struct milter_event *event, size_t size);
+
+/* Forked children: see child.h. */
+bool milter_is_child(void);
+int milter_hide(int fd);
+void milter_show(int number);
 
 /* libmilter's I/O: see io.h. */
 bool milter_io_wrapped(void);

@@ -54,6 +54,7 @@
  */
 #define _GNU_SOURCE
 
+#include "child.h"
 #include "io.h"
 #include "threads.h"
 
@@ -153,11 +154,11 @@ static struct connection *entry(int fd)
     return chunk != NULL ? &chunk[fd % CHUNK] : NULL;
 }
 
-/* Any thread. The entry of a connection of libmilter, NULL for all other descriptors. */
+/* Any thread. The entry of a connection of libmilter, NULL for all other descriptors, and for all in a forked child. */
 static struct connection *connection_of(int fd)
 {
     struct connection *connection = entry(fd);
-    return connection != NULL && atomic_load(&connection->open) ? connection : NULL;
+    return connection != NULL && !milter_is_child() && atomic_load(&connection->open) ? connection : NULL;
 }
 
 /* By libmilter's listener. The entry, made if need be; NULL: no memory, or too high a descriptor. */

@@ -60,6 +60,7 @@
 #include "io.h"
 #include "milter_shim.h"
 
+#include "child.h"
 #include "content.h"
 #include "turns.h"
 
@@ -552,7 +553,8 @@ static int enter_python(struct milter_session *session, enum milter_stage stage,
         event.changes = changes;
         event.changes_capacity = sizeof changes;
         session->seen = session->in_message;
-        answer = session->run->plan.straight ? milter_python_enter(&event) : milter_take_turn(&event);
+        answer = session->run->plan.straight ? milter_back_from_python(milter_python_enter(&event))
+                                             : milter_take_turn(&event);
         end_call(session);
         sent = send_changes(session, &event, answer);
     }
@@ -748,6 +750,7 @@ static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsign
         if (token != 0) {
             answer = milter_python_negotiate(session, token, session->number, plan->app, offered_actions,
                                              offered_steps, actions, steps);
+            milter_back_from_python(answer);
             end_call(session);
         }
         if ((answer & MILTER_ANSWERED) == 0)
@@ -1027,6 +1030,7 @@ int milter_register(const char *name)
         .xxfi_negotiate = on_negotiate,
     };
     milter_find_macro_arrays();
+    milter_watch_forks();
     return smfi_register(description);
 }
 
@@ -1201,6 +1205,8 @@ int milter_take_ended(struct milter_run *run, uint64_t *numbers, int count)
 /* Takes the session's lock, and keeps it only when the answer is MILTER_OK. */
 static int lock_session(struct milter_session *session, uint64_t token)
 {
+    if (milter_is_child()) /* where the lock may be taken for ever */
+        return MILTER_CHILD;
     pthread_mutex_lock(&session->lock);
     if (session->token == token && token != 0)
         return MILTER_OK;
@@ -1455,6 +1461,8 @@ int milter_offer_progress(struct milter_session *session, uint64_t token)
 {
     int result = MILTER_EXPIRED;
 
+    if (milter_is_child())
+        return MILTER_CHILD;
     if (pthread_mutex_trylock(&session->lock) != 0)
         return MILTER_BUSY;
     if (session->token == token && token != 0)

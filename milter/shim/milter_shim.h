@@ -66,7 +66,8 @@ enum milter_result {
     MILTER_BODY_OVER = -5,   /* another action came after the first part of the new body */
     MILTER_FAILED = -6,      /* libmilter refused, or the connection is gone */
     MILTER_ABSENT = -7,      /* no such macro */
-    MILTER_BUSY = -8         /* not without waiting */
+    MILTER_BUSY = -8,        /* not without waiting */
+    MILTER_CHILD = -9        /* this process is a forked child, which has no way to the MTA */
 };
 
 /* What a registry of handlers implies; Python's memory, copied by milter_begin. */

@@ -44,6 +44,7 @@
 #include <stdint.h>
 #include <time.h>
 
+#include "child.h"
 #include "io.h"
 
 enum {
@@ -264,7 +265,7 @@ static void serve_first(void)
 
     atomic_store(&turn->state, TAKEN);
     pthread_mutex_unlock(&lock);
-    turn->answer = milter_python_enter(turn->event);
+    turn->answer = milter_back_from_python(milter_python_enter(turn->event));
     pthread_mutex_lock(&lock);
     took = now() - start;
     if (straight_next > STRAIGHT_FIRST)
@@ -350,7 +351,7 @@ static _Thread_local bool was_there;
 static int go(struct milter_event *event)
 {
     was_there = true;
-    return milter_python_enter(event);
+    return milter_back_from_python(milter_python_enter(event));
 }
 
 /* By a thread that found nobody in front; under the lock, which is released. */
