@@ -15,12 +15,15 @@ The invariants:
    to it does not stop its parent, and ends it. No signal is delivered before that is so: all are blocked from before
    the fork; one that comes meanwhile waits.
 4. A child that was forked where libmilter runs has no way into it.
+5. A child can write to standard output and standard error, whatever another thread was writing at the moment of the
+   fork; and it does not write once more what its parent has not written yet.
 
 The shim sees to 2 and 4, so that they hold for children that other C code forks, too: see shim/child.c. Those end there
 as well, should they come back.
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -133,7 +136,23 @@ def _in_child() -> None:
     _undoings.clear()
     for undo in undoings:
         undo()
+    for stream in (sys.stdout, sys.stderr):
+        _renew(stream)
     signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _renew(stream: object) -> None:
+    """Give up the buffer, and its lock, which a thread of the parent may hold: here, nobody would release it."""
+    if type(stream) is io.TextIOWrapper and type(stream.buffer) is io.BufferedWriter:
+        io.BufferedWriter.__init__(stream.buffer, stream.buffer.raw)
+        io.TextIOWrapper.__init__(
+            stream,
+            stream.buffer,
+            stream.encoding,
+            stream.errors,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
 
 
 os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)

@@ -72,11 +72,13 @@ def _load_error(name: str, failure: BaseException) -> LoadError:
 
 def _users_part(frames: TracebackType | None) -> TracebackType | None:
     """Without the machinery of import at its beginning."""
-    while frames is not None and (
-        frames.tb_frame.f_code.co_filename == __file__ or "importlib" in frames.tb_frame.f_code.co_filename
-    ):
+    while frames is not None and _is_machinery(frames.tb_frame.f_code.co_filename):
         frames = frames.tb_next
     return frames
+
+
+def _is_machinery(file: str) -> bool:
+    return file in (__file__, children.__file__) or "importlib" in file
 
 
 def _hint(module: Any) -> str:
