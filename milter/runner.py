@@ -22,6 +22,7 @@ from milter.loading import load
 from milter.options import RunOptions, run_options, those_of_start
 from milter.pidfile import pidfile
 from milter.privileges import Identity, identity
+from milter.reaper import step_down
 from milter.server import Server
 from milter.signals import Bell
 from milter.supervisor import Supervisor
@@ -36,6 +37,7 @@ def run(app: Milter[Any, Any], socket: str | None, **given: Unpack[RunOptions]) 
     options = run_options(given)
     if threading.current_thread() is not threading.main_thread():
         raise MilterError("run() belongs into the main thread, which gets the signals; use start() elsewhere")
+    step_down()
     if options["workers"] > 1:
         if threading.active_count() > 1:
             raise MilterError(
@@ -53,7 +55,9 @@ def run(app: Milter[Any, Any], socket: str | None, **given: Unpack[RunOptions]) 
 
 def run_by_name(name: str, socket: str | None, options: RunOptions) -> int:
     """Serve the filter of this name (``module:app``), with a supervisor in any case; returns the exit code."""
-    return _supervise(functools.partial(load, name), name, socket, run_options(options))
+    given = run_options(options)
+    step_down()
+    return _supervise(functools.partial(load, name), name, socket, given)
 
 
 def _serve(app: Milter[Any, Any], listener: Listener, options: RunOptions) -> None:

@@ -97,7 +97,14 @@ def test_whatever_a_child_does_each_message_has_its_own_verdict(handlers: str, a
 def zombies_of(process: int) -> list[str]:
     tasks = Path(f"/proc/{process}/task")
     children = [child for task in tasks.glob("*/children") for child in task.read_text().split()]
-    return [child for child in children if "State:\tZ" in Path(f"/proc/{child}/status").read_text()]
+    return [child for child in children if is_zombie(child)]
+
+
+def is_zombie(process: str) -> bool:
+    try:
+        return "State:\tZ" in Path(f"/proc/{process}/status").read_text()
+    except OSError:  # it was waited for meanwhile
+        return False
 
 
 def test_a_child_cannot_use_a_context() -> None:
@@ -352,3 +359,101 @@ def test_of_very_many_messages_each_has_its_own_verdict(handlers: str) -> None:
 
 def descriptors_of(process: int) -> list[str]:
     return os.listdir(f"/proc/{process}/fd")
+
+
+# ---- As process 1
+
+ORPHANS = """
+import os, signal, sys
+from milter import Context, Milter, Reply
+
+app = Milter("orphans", on_error="shutdown")
+
+@app.on_mail
+def mail(ctx, sender, params):
+    if sender.startswith("fail"):
+        raise RuntimeError("no more")
+    for _ in range(5):
+        child = os.fork()
+        if child == 0:
+            if os.fork() == 0:
+                os._exit(0)
+            os._exit(os.getpid() % 100)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == child % 100
+    return Reply(550, "5.7.1", str(os.getpid()))
+
+if __name__ == "__main__":
+    app.run(sys.argv[1])
+"""
+
+
+class InContainer(FilterProcess):
+    """A filter that is process 1."""
+
+    def __init__(self, directory: Path, *arguments: str) -> None:
+        (directory / "thefilter.py").write_text(ORPHANS)
+        python = [sys.executable, "-W", "ignore::DeprecationWarning"]
+        command = ["unshare", "--kill-child", "--pid", "--fork", "--mount-proc", *python, *arguments]
+        # Isolated: the Python that is process 1 takes the library's log, no other.
+        super().__init__("-I", "-c", f"import os; os.execvp('unshare', {command})", directory=directory)
+
+    def first(self) -> int:
+        """Its number outside of the container."""
+        return int(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text())
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.first(), number)
+
+
+needs_container = pytest.mark.skipif(
+    subprocess.run(
+        ["unshare", "--kill-child", "--pid", "--fork", "--mount-proc", "true"], check=False, capture_output=True
+    ).returncode
+    != 0,
+    reason="no process of one's own namespace can be had",
+)
+
+COMMANDS = [["thefilter.py"], ["-m", "milter", "run", "thefilter:app", "--socket"]]
+
+
+@needs_container
+@pytest.mark.parametrize("command", COMMANDS)
+def test_as_process_1_it_waits_for_orphans_and_takes_no_exit_code_from_others(
+    command: list[str], tmp_path: Path
+) -> None:
+    with InContainer(tmp_path, *command, f"unix:{tmp_path}/s") as process, greeted(process) as client:
+        served_by = {said(client, "fork") for _ in range(20)}
+        assert len(served_by) == 1
+        assert served_by != {"1"}
+        while zombies_of(process.first()):  # they are waited for as they come
+            os.sched_yield()
+        client.quit()
+    assert "failed" not in process.log.text
+
+
+@needs_container
+@pytest.mark.parametrize("command", COMMANDS)
+def test_as_process_1_it_ends_with_the_exit_code_of_the_filter(command: list[str], tmp_path: Path) -> None:
+    with InContainer(tmp_path, *command, f"unix:{tmp_path}/s") as process:
+        with greeted(process) as client:
+            client.mail("<fail@client.example>")
+            client.quit()
+        assert process.wait() == (1 if command == COMMANDS[0] else 70)
+
+
+@needs_container
+def test_as_process_1_it_tells_by_what_signal_the_filter_was_ended(tmp_path: Path) -> None:
+    with InContainer(tmp_path, "thefilter.py", f"unix:{tmp_path}/s") as process:
+        greeted(process).close()
+        first = process.first()
+        os.kill(int(Path(f"/proc/{first}/task/{first}/children").read_text()), signal.SIGKILL)
+        assert process.wait() == 128 + signal.SIGKILL
+
+
+@needs_container
+def test_as_process_1_with_threads_it_says_what_it_cannot_do(tmp_path: Path) -> None:
+    program = "import threading, thefilter; threading.Thread(target=threading.Event().wait, daemon=True).start();"
+    with InContainer(tmp_path, "-c", f"{program} thefilter.app.run('unix:{tmp_path}/s')") as process:
+        with greeted(process) as client:
+            assert said(client, "fork") == "1"
+        assert "cannot wait for orphans" in process.log.text

@@ -78,6 +78,9 @@ def terminated() -> int | None:
     process.start()
     process.terminate()
     process.join()
+    # Where other threads start processes, too, multiprocessing may be about to hear of this one's end from them.
+    while process.exitcode is None:
+        os.sched_yield()
     return process.exitcode
 
 
