@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 enum {
@@ -793,6 +794,25 @@ static int enter(struct conversation *c, struct milter_event *event, struct read
     return answer;
 }
 
+/* A handler forks, and its child comes back as its parent does. */
+static void fork_child(const struct milter_event *event, int answer)
+{
+    int status = 0;
+    const pid_t child = fork();
+
+    if (child == 0) {
+        for (int i = 0; i < 20; i++)
+            if (act(event->session, event->token, true) != MILTER_CHILD)
+                _exit(9);
+        return; /* with the answer */
+    }
+    tried(FORKED);
+    while (child > 0 && waitpid(child, &status, 0) < 0 && errno == EINTR)
+        continue;
+    if (!WIFEXITED(status) || WEXITSTATUS(status) != ((answer & MILTER_ANSWERED) != 0 ? 0 : 1))
+        violation("a child ended with the status %x", (unsigned)status);
+}
+
 int milter_python_enter(struct milter_event *event)
 {
     struct conversation *c = conversation_of(event->number, event->app);
@@ -808,7 +828,10 @@ int milter_python_enter(struct milter_event *event)
     hear_ends(event->ended, event->ended_count, MILTER_ENDED);
     if (chance(10) == 0 && atomic_load(&current_app) == event->app)
         take_ended(r.run->run);
-    return enter(c, event, &r);
+    const int answer = enter(c, event, &r);
+    if (chance(2000) == 0)
+        fork_child(event, answer);
+    return answer;
 }
 
 /* By the main thread, when no session is open and the gate is closed: everybody knows of every end. */

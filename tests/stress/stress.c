@@ -21,6 +21,7 @@
  *      and the last handler had returned
  *   S  the end of a connection is told once: by an entry, or by milter_take_ended
  *   S  a context acts only while its call goes on
+ *   S  a child that it forks can do nothing to a session, and ends when it comes back to the shim
  *   C  an answer comes exactly where one was agreed (a missing one is a hang)
  *   C  a message is accepted or discarded only by a verdict of the stand-in, and never once something failed
  *   C  the changes that the stand-in left arrive, all of them, in their order
@@ -62,6 +63,7 @@ static char spool_directory[64];
 static const char *const way_names[WAYS] = {
     "batches",      "full logs",   "gathered in memory", "in a file", "contents lost",  "few changes", "many changes",
     "bad changes",  "quiet ends",  "held ends",          "deferred ends", "many ends",  "aborts",      "pauses",
+    "forks",
 };
 
 /* ---- Plans: as plan.py makes them, of any set of handlers ------------------------------------ */

@@ -42,6 +42,7 @@ enum way {
     ENDED_ENOUGH,
     ABORTED,
     PAUSES,
+    FORKED,
     WAYS
 };
 
