@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -425,7 +426,9 @@ def test_as_process_1_it_waits_for_orphans_and_takes_no_exit_code_from_others(
         served_by = {said(client, "fork") for _ in range(20)}
         assert len(served_by) == 1
         assert served_by != {"1"}
+        limit = time.monotonic() + PATIENCE
         while zombies_of(process.first()):  # they are waited for as they come
+            assert time.monotonic() < limit, "zombies are left"
             os.sched_yield()
         client.quit()
     assert "failed" not in process.log.text

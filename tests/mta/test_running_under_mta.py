@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -139,3 +140,34 @@ def test_with_a_killed_worker_only_its_own_messages_are_deferred(
         assert client.send("late@client.test", BOB, MESSAGE).code == 250
     expected = {sender for sender, code in codes.items() if code == 250} | {"late@client.test"}
     assert {delivery.sender for delivery in server.deliveries()} == expected
+
+
+@pytest.mark.parametrize("filter_name", ["forks:app", "forks:waiting"])
+def test_of_a_filter_whose_handlers_fork_each_message_has_its_own_verdict(
+    server: MailServer, filter_name: str, socket_dir: Path
+) -> None:
+    """Each client sends ham and spam on one connection, all at once."""
+    python = ("-W", "ignore::DeprecationWarning", "-m", "milter")
+    socket = f"unix:{socket_dir}/filter"
+    with FilterProcess(*python, "run", filter_name, "--socket", socket, directory=FILTERS, umask=0) as process:
+        port = server.milter_service(process.socket)
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            wrong = pool.map(_send_ham_and_spam, [port] * CLIENTS, range(CLIENTS))
+            assert [line for lines in wrong for line in lines] == []
+    subjects = {delivery.values("Subject")[0] for delivery in server.deliveries()}
+    assert subjects == {f"ham {client}-{number}" for client in range(CLIENTS) for number in range(0, 12, 2)}
+
+
+def _send_ham_and_spam(port: int, client_number: int) -> list[str]:
+    """What was answered wrongly."""
+    wrong = []
+    with SmtpClient(port) as client:
+        client.ehlo()
+        for number in range(12):
+            token = f"{client_number}-{number}"
+            subject = f"{'spam' if number % 2 else 'ham'} {token}"
+            answer = client.send(f"ann{token}@client.test", BOB, f"Subject: {subject}\n\nHi\n")
+            right = f"spam {token}" in answer.text if number % 2 else answer.code == 250
+            if not right:
+                wrong.append(f"{subject}: {answer}")
+    return wrong
