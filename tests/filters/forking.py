@@ -6,7 +6,6 @@ answer has the token, so that it shows whose answer it is, and what the act has 
 """
 
 import asyncio
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -21,7 +20,6 @@ from typing import Any, NoReturn
 from milter import Context, EomContext, Message, Milter, NegotiateContext, Reply, Status
 
 app = Milter("forking")
-LOG = int(os.environ.get("MILTER_TEST_LOG", "-1"))
 
 
 def code_of(child: int) -> int:
@@ -57,8 +55,7 @@ def lives_on(path: str) -> int:
     null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(null, number)
-    with contextlib.suppress(OSError):
-        os.close(LOG)
+    os.close(int(sys.modules["sitecustomize"]._DESCRIPTOR))  # of the library's log
     with open(path) as pipe:
         pipe.read()
     os._exit(0)
@@ -138,6 +135,12 @@ def prints() -> None:
     sys.stdout.write("the child has written this")  # without an end of line
 
 
+def goes_on() -> str:
+    """A handler that comes after this one must not run in the child."""
+    child = os.fork()
+    return f"to the next {code_of(child)}" if child else "to the next"
+
+
 def forks_again() -> None:
     assert forked(raises) == 1
 
@@ -148,6 +151,7 @@ def replaces() -> NoReturn:
 
 ACTS: dict[str, Callable[[], Any]] = {
     "nothing": lambda: None,
+    "next": goes_on,
     "return": lambda: forked(lambda: None),
     "raise": lambda: forked(raises),
     "exit": lambda: forked(lambda: sys.exit(3)),
@@ -192,7 +196,16 @@ def plain(ctx: Context, sender: str, params: Any) -> Status | Reply:
     if sender.startswith("context"):
         return Reply(550, "5.7.1", str(forked(lambda: print(ctx.macros["i"]))))
     result, token = act(sender)
+    if str(result).startswith("to the next"):
+        return Status.CONTINUE
     return Reply(550, "5.7.1", f"{token} {result}")
+
+
+@app.on_mail
+def plain_as_well(ctx: Context, sender: str, params: Any) -> Status:
+    if sender.startswith("next"):
+        os.write(1, b"the next handler\n")
+    return Status.CONTINUE
 
 
 @app.on_message
