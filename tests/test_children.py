@@ -205,6 +205,7 @@ def test_a_child_that_lives_on_holds_no_connection_no_listener_and_no_bell(where
             caller.wait_for_close()
             caller.close()
         assert sockets_of(child) == [], "no connection, and no listener"
+        assert len(set(files_of(child, "pipe:"))) <= 1, "no bell, and no log; but libmilter's own"
         assert not is_zombie(str(child))
         process.stop()
         with pytest.raises(Exception, match="cannot connect"):
@@ -214,11 +215,15 @@ def test_a_child_that_lives_on_holds_no_connection_no_listener_and_no_bell(where
 
 
 def sockets_of(process: int) -> list[str]:
+    return files_of(process, "socket:")
+
+
+def files_of(process: int, kind: str) -> list[str]:
     found = []
     for link in Path(f"/proc/{process}/fd").iterdir():
         with contextlib.suppress(OSError):
             found.append(os.readlink(link))
-    return [name for name in found if name.startswith("socket:")]
+    return [name for name in found if name.startswith(kind)]
 
 
 LIVING = """
