@@ -123,9 +123,11 @@ def undone(undo: Callable[[], object]) -> Iterator[None]:
 
 def _before() -> None:
     _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    lib.milter_hold_newcomers()  # or Python itself may hang in the child: see shim/child.h
 
 
 def _in_parent() -> None:
+    lib.milter_let_newcomers_in()
     signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
 

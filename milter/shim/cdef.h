@@ -107,6 +107,8 @@ char *milter_reserve_changes(struct milter_event *event, size_t size);
 
 /* Forked children: see child.h. */
 bool milter_is_child(void);
+void milter_hold_newcomers(void);
+void milter_let_newcomers_in(void);
 int milter_hide(int fd);
 void milter_show(int number);
 

@@ -79,6 +79,8 @@ struct hidden {
 static struct hidden table[HIDDEN];
 static atomic_bool watched; /* libmilter is started in this process */
 static atomic_bool child;
+static pthread_rwlock_t newcomers = PTHREAD_RWLOCK_INITIALIZER; /* read: they enter; written: somebody forks */
+static _Thread_local bool met_python;
 static _Thread_local sigset_t mask; /* of a thread that forks, before that */
 
 /* ---- What is hidden ---------------------------------------------------------------------- */
@@ -231,6 +233,7 @@ static void after_in_child(void)
 {
     const int saved = errno;
 
+    pthread_rwlock_init(&newcomers, NULL); /* its writer had another number in the parent */
     if (atomic_load(&watched))
         atomic_store(&child, true);
     if (hides_something())
@@ -255,6 +258,28 @@ void milter_watch_forks(void)
 bool milter_is_child(void)
 {
     return atomic_load_explicit(&child, memory_order_relaxed);
+}
+
+void milter_meet_python(void)
+{
+    struct milter_event nothing = {.app = 0};
+
+    if (met_python)
+        return;
+    pthread_rwlock_rdlock(&newcomers);
+    milter_python_enter(&nothing); /* which is no filter's */
+    pthread_rwlock_unlock(&newcomers);
+    met_python = true;
+}
+
+void milter_hold_newcomers(void)
+{
+    pthread_rwlock_wrlock(&newcomers);
+}
+
+void milter_let_newcomers_in(void)
+{
+    pthread_rwlock_unlock(&newcomers);
 }
 
 /* Python's part has ended the child before, unless Python does not know of it. */

@@ -12,6 +12,17 @@ void milter_watch_forks(void);
 bool milter_is_child(void);
 
 /*
+ * By a thread that is about to enter Python, without a lock: the first time Python makes
+ * a state for it, without the GIL, and under a lock of its own, which a child would find
+ * taken for ever. So that and a fork exclude each other: see the two functions below.
+ */
+void milter_meet_python(void);
+
+/* By a thread that forks, before and after, without the GIL: no thread enters Python for the first time meanwhile. */
+void milter_hold_newcomers(void);
+void milter_let_newcomers_in(void);
+
+/*
  * By the thread that was in Python, at once when it is back, without a lock: gives the
  * answer back. It does not return in a child, which ends here, before anything is
  * written to an MTA.

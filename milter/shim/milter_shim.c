@@ -553,6 +553,8 @@ static int enter_python(struct milter_session *session, enum milter_stage stage,
         event.changes = changes;
         event.changes_capacity = sizeof changes;
         session->seen = session->in_message;
+        if (session->run->plan.straight)
+            milter_meet_python();
         answer = session->run->plan.straight ? milter_back_from_python(milter_python_enter(&event))
                                              : milter_take_turn(&event);
         end_call(session);
@@ -748,6 +750,7 @@ static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsign
         const uint64_t token = begin_call(session, MILTER_STAGES);
         int answer = 0;
         if (token != 0) {
+            milter_meet_python();
             answer = milter_python_negotiate(session, token, session->number, plan->app, offered_actions,
                                              offered_steps, actions, steps);
             milter_back_from_python(answer);

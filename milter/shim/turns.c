@@ -265,6 +265,7 @@ static void serve_first(void)
 
     atomic_store(&turn->state, TAKEN);
     pthread_mutex_unlock(&lock);
+    milter_meet_python();
     turn->answer = milter_back_from_python(milter_python_enter(turn->event));
     pthread_mutex_lock(&lock);
     took = now() - start;
@@ -351,6 +352,7 @@ static _Thread_local bool was_there;
 static int go(struct milter_event *event)
 {
     was_there = true;
+    milter_meet_python();
     return milter_back_from_python(milter_python_enter(event));
 }
 

@@ -815,6 +815,8 @@ static void fork_child(const struct milter_event *event, int answer)
 
 int milter_python_enter(struct milter_event *event)
 {
+    if (event->app == 0) /* a thread comes for the first time */
+        return 0;
     struct conversation *c = conversation_of(event->number, event->app);
     struct reading r = {.run = &runs[event->app], .event = event};
 
