@@ -200,6 +200,7 @@ def test_a_child_that_lives_on_holds_no_connection_no_listener_and_no_bell(where
         os.mkfifo(pipe)
         child = int(said(client, f"live:{str(pipe).replace('/', '#')}.x").split()[1])
         stack.callback(os.kill, child, signal.SIGKILL)
+        stack.callback(os.close, os.open(pipe, os.O_WRONLY))  # once the child has given up the filter's output
         for caller in (client, other):
             caller.quit()
             caller.wait_for_close()
