@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from milter import (
     server,
 )
 from milter._shim import lib
+from milter.context import Conversation
 from milter.loop import EventLoop
 from milter.testing import AddHeader, Client, Verdict
 from tests.conftest import Serve, begin_message, send_content, send_message
@@ -45,6 +46,11 @@ ENDS = [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, Ru
 
 def loop_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "milter event loop"]
+
+
+def ask_loop(running: EventLoop, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """As a handler of some message, whose MTA waits."""
+    return running.answer(coroutine, coroutine.__name__, Conversation(1, None, None), lambda: False)
 
 
 @pytest.fixture
@@ -258,7 +264,7 @@ def test_nothing_is_left_of_a_failure_for_the_garbage_collector() -> None:
     gc.disable()
     try:
         with contextlib.suppress(RuntimeError):
-            running.answer(fail(), "fail")
+            ask_loop(running, fail())
         running.stop()
         assert witnesses[0]() is None
     finally:
@@ -754,7 +760,7 @@ def test_whoever_comes_after_the_end_of_the_loop_is_told_so() -> None:
     with pytest.raises(asyncio.CancelledError, match="the event loop has ended"):
         ended.run_hook(later)
     with pytest.raises(asyncio.CancelledError, match="the filter stops"):
-        ended.answer(later(), "later")
+        ask_loop(ended, later())
 
 
 def test_whoever_waits_at_the_end_of_the_loop_is_told_so() -> None:
@@ -768,7 +774,7 @@ def test_whoever_waits_at_the_end_of_the_loop_is_told_so() -> None:
 
     def ask() -> None:
         with pytest.raises(asyncio.CancelledError) as caught:
-            running.answer(wait_for_ever(), "wait_for_ever")
+            ask_loop(running, wait_for_ever())
         failures.append(caught.value)
 
     asking = threading.Thread(target=ask)
