@@ -50,7 +50,7 @@ def loop_threads() -> list[threading.Thread]:
 
 def ask_loop(running: EventLoop, coroutine: Coroutine[Any, Any, Any]) -> Any:
     """As a handler of some message, whose MTA waits."""
-    return running.answer(coroutine, coroutine.__name__, Conversation(1, None, None), lambda: False)
+    return running.answer(coroutine, "the coroutine", Conversation(1, None, None), lambda: False)
 
 
 @pytest.fixture

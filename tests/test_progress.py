@@ -148,7 +148,7 @@ def test_a_short_handler_shows_none(serve: Serve) -> None:
 def test_it_can_be_turned_off(progress: float | None) -> None:
     watch = Watch(progress, tell_nobody)
     call = Offered(watch, 10)
-    watch.running[call] = 1000.0  # type: ignore[index]
+    watch.running.update({call: 1000.0})  # type: ignore[dict-item]
     watch._look(1000000.0)
     assert call.offers == 0
 
@@ -255,7 +255,7 @@ class Offered:
     late = False
 
     def __init__(self, watch: Watch, most: int) -> None:
-        self._running: dict[Any, float] = watch.running  # type: ignore[assignment]
+        self._running: Any = watch.running
         self._most = most
         self._running[self] = time.monotonic()
         self.offers = 0
