@@ -255,16 +255,16 @@ class Offered:
     late = False
 
     def __init__(self, watch: Watch, most: int) -> None:
-        self._running: Any = watch.running
+        watch.running.update({self: time.monotonic()})  # type: ignore[dict-item]
+        self._watch = watch
         self._most = most
-        self._running[self] = time.monotonic()
         self.offers = 0
         self.enough = threading.Event()
 
     def offer_progress(self) -> bool:
         self.offers += 1
         if self.offers == self._most:
-            del self._running[self]
+            self._watch.running.pop(self)  # type: ignore[call-overload]
             self.enough.set()
         return True
 
