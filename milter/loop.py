@@ -277,6 +277,7 @@ class EventLoop(NoEventLoop):
             self._closed = True
         for job in self._drain():
             self._settle(job, _cancelled("the event loop has ended"))
+        self._loop.set_task_factory(None)  # the end needs tasks, too, and the filter's own factory may fail
         self._runner.close()
 
 

@@ -34,7 +34,7 @@ from milter._shim import lib
 from milter.context import Conversation
 from milter.loop import EventLoop
 from milter.testing import AddHeader, Client, Verdict
-from tests.conftest import Serve, begin_message, send_content, send_message
+from tests.conftest import Serve, begin_message, collect, send_content, send_message
 from tests.filter_process import RunFilter, running_filters
 from tests.test_errors import REPLYING_STAGES, drive, last
 
@@ -799,3 +799,84 @@ def test_a_coroutine_function_that_a_hook_registers_comes_too_late(
 
     assert send_message(serve(app).greeted()).answer.verdict is Verdict.TEMPFAIL
     assert "is a coroutine function, and was registered when the filter ran already" in caplog.text
+
+
+# ---- What else belongs to asyncio
+
+
+def test_a_coroutine_may_have_children_of_its_own(serve: Serve) -> None:
+    """The loop is not in the main thread, which asyncio needs for signals alone."""
+    app = Milter("test")
+    seen: list[Any] = []
+
+    @app.on_eom
+    async def ask(ctx: EomContext) -> Status:
+        child = await asyncio.create_subprocess_exec("cat", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        said, _ = await child.communicate(b"hello")
+        others = [await asyncio.create_subprocess_exec("false") for _ in range(10)]
+        seen.extend([said, child.returncode, *[await other.wait() for other in others]])
+        return Status.ACCEPT
+
+    assert send_message(serve(app).greeted()).answer.verdict is Verdict.ACCEPT
+    assert seen == [b"hello", 0, *[1] * 10]
+
+
+def test_a_background_task_that_fails_is_told_in_the_log(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    app = Milter("test")
+
+    async def fail() -> None:
+        raise ZeroDivisionError("in the background")
+
+    @app.on_eom
+    async def begin(ctx: EomContext) -> Status:
+        await asyncio.wait([asyncio.create_task(fail())])
+        gc.collect()
+        return Status.ACCEPT
+
+    assert send_message(serve(app).greeted()).answer.verdict is Verdict.ACCEPT
+    collect()
+    assert "Task exception was never retrieved" in caplog.text
+    assert "in the background" in caplog.text
+
+
+def test_a_factory_of_tasks_that_fails_fails_the_handler(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    app = Milter("test")
+
+    def fail(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
+        raise ZeroDivisionError("no task")
+
+    @app.on_start
+    async def choose() -> None:
+        asyncio.get_running_loop().set_task_factory(fail)
+
+    @app.on_eom
+    async def answer(ctx: EomContext) -> Status:
+        return Status.ACCEPT
+
+    assert send_message(serve(app).greeted()).answer.verdict is Verdict.TEMPFAIL
+    assert "answer failed in on_eom" in caplog.text
+    assert "ZeroDivisionError: no task" in caplog.text
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python has them since 3.12")
+def test_tasks_may_begin_at_once(serve: Serve) -> None:
+    app = Milter("test")
+    steps: list[str] = []
+
+    @app.on_start
+    async def choose() -> None:
+        asyncio.get_running_loop().set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009
+
+    @app.on_mail
+    async def at_once(ctx: Context, sender: Address, params: Params) -> Status:
+        steps.append("at once")
+        return Status.CONTINUE
+
+    @app.on_eom
+    async def later(ctx: EomContext) -> Status:
+        await asyncio.sleep(0)
+        steps.append("later")
+        return Status.ACCEPT
+
+    assert send_message(serve(app).greeted()).answer.verdict is Verdict.ACCEPT
+    assert steps == ["at once", "later"]
