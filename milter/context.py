@@ -76,7 +76,7 @@ class Call(Protocol):
         """The same without waiting, and without an exception: None also if it cannot be had now."""
 
     def mta_is_gone(self) -> bool:
-        """It has closed its connection. False also if that cannot be told: libmilter's I/O is not wrapped."""
+        """It has closed its connection. False also if that cannot be told: see shim/peer.c."""
 
     def offer_progress(self) -> bool:
         """Send a packet, if that can be done without waiting. False: it makes no sense to try again."""
@@ -337,8 +337,8 @@ class Context(_View, Generic[S, T]):
     def connected(self) -> bool:
         """Does the MTA still wait? False: it has closed its connection, and will not read the answer.
 
-        For plain functions that work long; a coroutine is cancelled by itself. Always True where libmilter is linked as
-        a shared library, which does not tell.
+        For plain functions that work long; a coroutine is cancelled by itself. An MTA whose machine is gone without a
+        word is taken to be there.
         """
         return not self._call.mta_is_gone()
 

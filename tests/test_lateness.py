@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from milter import Context, EomContext, Message, Milter, Stage, Status, watch
-from milter._shim import lib
 from milter.testing import Client, Verdict
 from milter.watch import Watch
 from tests.conftest import Serve, begin_message, send_content, send_message
@@ -141,7 +140,6 @@ def test_of_several_handlers_the_one_that_runs_is_named(serve: Serve, lines: Lin
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.skipif(not lib.milter_io_wrapped(), reason="a shared libmilter does not tell its connections")
 def test_it_is_said_when_the_mta_did_not_wait(serve: Serve, lines: Lines) -> None:
     app = Milter("test")
     go_on = threading.Event()

@@ -654,19 +654,6 @@ int milter_io_push(int fd)
     return gathered(connection) == 0 && !connection->blocked;
 }
 
-bool milter_io_peer_gone(int fd)
-{
-    if (fd < 0)
-        return false;
-#ifdef POLLRDHUP
-    struct pollfd peer = {fd, POLLRDHUP, 0};
-    return __real_poll(&peer, 1, 0) > 0;
-#else /* only once all it sent was read */
-    char byte;
-    return recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0;
-#endif
-}
-
 int milter_io_log_to(int fd)
 {
     return atomic_exchange(&log_descriptor, fd);
@@ -913,12 +900,6 @@ int milter_io_push(int fd)
 {
     (void)fd;
     return 1;
-}
-
-bool milter_io_peer_gone(int fd)
-{
-    (void)fd;
-    return false;
 }
 
 int milter_io_log_to(int fd)

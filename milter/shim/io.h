@@ -40,12 +40,6 @@ bool milter_io_flush(int fd);
 int milter_io_push(int fd);
 
 /*
- * Has the peer closed its side of this connection? What it sent before that may
- * not be read yet. Without waiting, by the same threads. False for -1.
- */
-bool milter_io_peer_gone(int fd);
-
-/*
  * libmilter's log lines go to this descriptor, a non-blocking pipe, each with
  * its priority: "<3>text\n", PIPE_BUF bytes at most. -1, and whatever the pipe
  * does not take: to the system's log. Any thread. Returns the descriptor until

@@ -1027,6 +1027,7 @@ int milter_register(const char *name)
         .xxfi_negotiate = on_negotiate,
     };
     milter_find_macro_arrays();
+    milter_find_descriptor();
     return smfi_register(description);
 }
 
@@ -1302,8 +1303,8 @@ int milter_try_macro(struct milter_session *session, uint64_t token, const char 
 /*
  * Has the MTA closed its connection? Then it waits for no answer any more. By the
  * thread that serves the session, or by another one that has the context. 1: yes;
- * 0: no, or libmilter's I/O is not wrapped, and it cannot be told; MILTER_BUSY: an
- * action is under way; MILTER_EXPIRED.
+ * 0: no, or it cannot be told (peer.c); MILTER_BUSY: an action is under way;
+ * MILTER_EXPIRED.
  */
 int milter_mta_gone(struct milter_session *session, uint64_t token)
 {
@@ -1311,7 +1312,7 @@ int milter_mta_gone(struct milter_session *session, uint64_t token)
 
     if (result != MILTER_OK)
         return result;
-    const bool gone = milter_io_peer_gone(session->descriptor);
+    const bool gone = milter_peer_gone(session->ctx, session->descriptor);
     pthread_mutex_unlock(&session->lock);
     return gone;
 }
