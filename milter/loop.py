@@ -32,7 +32,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import Context
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 from milter.blocking import BlockingCalls
 from milter.context import Scope
@@ -161,8 +161,9 @@ class EventLoop(NoEventLoop):
             late = self._wait(job, name, mta_is_gone)
             if late is None:
                 return job.outcome()
-            self._end_early(job, late)
+            raise self._end_early(job, late)
         finally:
+            late = None  # or the exception and its traceback would refer to each other
             if not job.ended:
                 scope.variables = before
 
@@ -177,13 +178,14 @@ class EventLoop(NoEventLoop):
                 return TimeoutError(f"{name} was cancelled, since it took longer than {limit}")
         return None
 
-    def _end_early(self, job: _Job, late: Exception) -> NoReturn:
-        """Cancel it, and raise why."""
+    def _end_early(self, job: _Job, late: Exception) -> Exception:
+        """Cancel it; what is to be raised."""
         self._post(self._cancel, job, str(late))
         if job.wait(_GRACE):
-            raise late from job.failure
+            late.__cause__, job.failure = job.failure, None
+            return late
         self._take(job)
-        raise type(late)(
+        return type(late)(
             f"{late}, and did not end by that: it catches asyncio.CancelledError, or something blocks the event loop. "
             "It is answered without it"
         )

@@ -32,6 +32,7 @@ from milter import (
 )
 from milter._shim import lib
 from milter.context import Conversation
+from milter.coroutines import MtaGone
 from milter.loop import EventLoop
 from milter.testing import AddHeader, Client, Verdict
 from tests.conftest import Serve, begin_message, collect, send_content, send_message
@@ -48,9 +49,11 @@ def loop_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "milter event loop"]
 
 
-def ask_loop(running: EventLoop, coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """As a handler of some message, whose MTA waits."""
-    return running.answer(coroutine, "the coroutine", Conversation(1, None, None), lambda: False)
+def ask_loop(
+    running: EventLoop, coroutine: Coroutine[Any, Any, Any], mta_is_gone: Callable[[], bool] = lambda: False
+) -> Any:
+    """As a handler of some message."""
+    return running.answer(coroutine, "the coroutine", Conversation(1, None, None), mta_is_gone)
 
 
 @pytest.fixture
@@ -248,23 +251,29 @@ def test_nothing_is_left_of_a_call_for_the_garbage_collector(serve: Serve) -> No
         gc.enable()
 
 
-def test_nothing_is_left_of_a_failure_for_the_garbage_collector() -> None:
+@pytest.mark.parametrize("why", ["it fails", "it takes too long", "the MTA is gone"])
+def test_nothing_is_left_of_a_failure_for_the_garbage_collector(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Witness:
         pass
 
+    monkeypatch.setattr(loop, "_LOOK", 0.01)
     witnesses: list[weakref.ref[Witness]] = []
+    begun = threading.Event()
 
     async def fail() -> None:
         witness = Witness()
         witnesses.append(weakref.ref(witness))
+        begun.set()
+        if why != "it fails":
+            await asyncio.Event().wait()
         raise RuntimeError
 
-    running = EventLoop(None)
+    running = EventLoop(0.01 if why == "it takes too long" else None)
     gc.collect()
     gc.disable()
     try:
-        with contextlib.suppress(RuntimeError):
-            ask_loop(running, fail())
+        with contextlib.suppress(RuntimeError, TimeoutError, MtaGone):
+            ask_loop(running, fail(), lambda: begun.wait(LIMIT) and why == "the MTA is gone")
         running.stop()
         assert witnesses[0]() is None
     finally:
