@@ -199,9 +199,12 @@ class Milter(Generic[S, T]):
     Handlers are plain functions or ``async def``, in any mixture; so are hooks. Only ``on_negotiate`` takes plain
     functions alone. The coroutines of a process run on one event loop, in a thread of its own, and thousands of
     messages may wait in them at once. A plain function runs on the thread of its message. What blocks belongs into
-    one of those, or into ``asyncio.to_thread``: in a coroutine it holds up all others. So does a large new body for
-    an MTA that reads slowly; ``message.body = …`` in ``on_message`` does not, nor does
-    ``await asyncio.to_thread(ctx.replace_body, …)``.
+    one of those, or into ``asyncio.to_thread``, 512 calls at most at once: in a coroutine it holds up all others. So
+    does a large new body for an MTA that reads slowly; ``message.body = …`` in ``on_message`` does not, nor does
+    ``await asyncio.to_thread(ctx.replace_body, …)``. A coroutine is cancelled when its MTA has closed the connection.
+
+    What a handler sets in context variables (:mod:`contextvars`), the later ones of the same message see, or, before
+    MAIL, those of the whole connection. Hooks of ``on_start`` set them for all.
 
     >>> app = Milter("guard")
     >>> @app.on_rcpt

@@ -20,7 +20,7 @@ The invariants, with and without the GIL:
 - The events of a session come one at a time, and what one call wrote the next one sees, on whatever thread:
   libmilter hands a session over under a lock. So what belongs to a session or to a call needs no lock of its own.
 - Sessions run side by side, and so do this module's functions. What they share is changed by single operations of a
-  dict alone, which are atomic: ``_engines`` here, the tables of connections, accounts and progress elsewhere.
+  dict alone, which are atomic: ``_engines`` here, the tables of connections, accounts and running calls elsewhere.
 - A context may be kept, and used by any thread at any time. It is the session's lock in the shim that decides, by
   the token, whether the call still lasts; what Python knows of that is never trusted.
 """
@@ -32,10 +32,10 @@ import os
 import threading
 from collections.abc import Sequence
 from mmap import mmap
-from time import monotonic
 from typing import Any
 
 from milter._shim import ffi, lib
+from milter.context import Conversation
 from milter.edits import Change
 from milter.engine import CONTINUE, GO_ON, Answer, Engine, Negotiation
 from milter.errors import ActionError, ContextError
@@ -90,14 +90,17 @@ class SessionCall:
         "_token",
         "changes",
         "chunks",
+        "connection",
         "content",
         "granted_actions",
+        "late",
         "message_began",
         "stage",
     )
 
     content: "GatheredContent"
     chunks: bytes
+    connection: Conversation
     message_began: int
 
     def __init__(self, session: Any, token: int, stage: Stage, plan: Plan, actions: int, steps: int) -> None:
@@ -108,6 +111,7 @@ class SessionCall:
         self._steps = steps
         self.stage = stage
         self.changes: Sequence[Change] = ()
+        self.late = False
         self._read = 0
         # Where the MTA puts no space after the colon itself, and handlers do not see it, it is put here.
         self._space = b" " if steps & _LEADING_SPACE and not plan.shows_leading_space else b""
@@ -137,6 +141,17 @@ class SessionCall:
                 value: bytes = ffi.unpack(buffer, length)
                 return value
             size = length + 1
+
+    def macro_at_once(self, name: bytes) -> bytes | None:
+        buffer = ffi.new("char[]", 256)
+        length = lib.milter_try_macro(self._session, self._token, name, buffer, len(buffer))
+        return ffi.unpack(buffer, length) if 0 <= length < len(buffer) else None
+
+    def mta_is_gone(self) -> bool:
+        gone = lib.milter_mta_gone(self._session, self._token)
+        if gone == lib.MILTER_EXPIRED:
+            _check(gone, "the question for the MTA's connection")
+        return bool(gone > 0)
 
     def macro_names(self) -> tuple[str, ...]:
         return self._plan.known_macros
@@ -189,7 +204,6 @@ class SessionCall:
         _check(lib.milter_progress(self._session, self._token), "signal_progress()")
 
     def offer_progress(self) -> bool:
-        """See :class:`milter.progress.Call`."""
         result = lib.milter_offer_progress(self._session, self._token)
         return result in (lib.MILTER_OK, lib.MILTER_BUSY)
 
@@ -297,19 +311,13 @@ def milter_python_enter(event: Any) -> int:
 
 
 def _end_of_message(engine: Engine, call: SessionCall, event: Any, text: str) -> Answer:
-    silent_since = engine.silent_since
-    content = GatheredContent(event) if engine.plan.gathers else None
-    if content is not None:
-        call.content = content
-    if silent_since is not None:
-        silent_since[call] = monotonic()
+    if not engine.plan.gathers:
+        return engine.enter(call, event.number, text)
+    content = call.content = GatheredContent(event)
     try:
         return engine.enter(call, event.number, text)
     finally:
-        if silent_since is not None:
-            silent_since.pop(call, None)
-        if content is not None:
-            content.close()
+        content.close()
 
 
 def _leave_changes(event: Any, changes: Sequence[Change]) -> None:
@@ -419,8 +427,7 @@ class Run:
         self._run = lib.milter_begin(plan)
         if not self._run:  # pragma: no cover (memory does not run out in tests)
             raise MemoryError("no memory for a run of the filter")
-        if engine.progress is not None:
-            engine.progress.start()
+        engine.watch.start()
 
     def wait_sessions(self, milliseconds: int) -> int:
         """Wait until no MTA is connected, or the time is over; how many still are."""
@@ -441,8 +448,7 @@ class Run:
 
     def forget(self) -> None:
         """After the gate is closed and no handler runs."""
-        if self.engine.progress is not None:
-            self.engine.progress.stop()
+        self.engine.watch.stop()
         self.engine.close()
         _engines.pop(self._number, None)
 

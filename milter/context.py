@@ -6,6 +6,7 @@ A context is made for one call of the handlers of a stage and expires with it; t
 context reach libmilter is the binding's business: it gives each context a :class:`Call`.
 """
 
+import contextvars
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol
@@ -45,6 +46,10 @@ class Call(Protocol):
 
     message_began: int
     """When MAIL came, in nanoseconds of ``CLOCK_MONOTONIC``; told only to a ledger."""
+    connection: "Conversation"
+    """By the engine: whose call it is."""
+    late: bool
+    """The log was told that it takes long: once is enough."""
 
     @property
     def stage(self) -> Stage: ...
@@ -67,6 +72,15 @@ class Call(Protocol):
         """Send these after the call, before the verdict."""
 
     def macro(self, name: bytes) -> bytes | None: ...
+    def macro_at_once(self, name: bytes) -> bytes | None:
+        """The same without waiting, and without an exception: None also if it cannot be had now."""
+
+    def mta_is_gone(self) -> bool:
+        """It has closed its connection. False also if that cannot be told: see shim/peer.c."""
+
+    def offer_progress(self) -> bool:
+        """Send a packet, if that can be done without waiting. False: it makes no sense to try again."""
+
     def macro_names(self) -> tuple[str, ...]: ...
     def granted(self) -> tuple[Actions, ProtocolOptions]: ...
     def add_header(self, name: bytes, value: bytes) -> None: ...
@@ -80,12 +94,35 @@ class Call(Protocol):
     def progress(self) -> None: ...
 
 
-class Transaction:
+class Scope:
+    """What lasts for a while, a message or a connection, and what handlers set in context variables lasts as long.
+
+    All its handlers run in the same :class:`contextvars.Context`, whatever thread they are called on, and coroutines
+    as well. Python lets one thread at a time run code in a context, and refuses the second. There is none:
+
+    - The events of a connection come one at a time, and the next one waits for the coroutine of the one before.
+    - What such a coroutine starts, tasks, callbacks and calls in threads, runs in copies.
+    - A coroutine that was cancelled and goes on keeps the context for itself. The scope goes on with a copy from before
+      its start; see :meth:`milter.loop.EventLoop.answer`.
+    """
+
+    __slots__ = ("variables",)
+
+    def __init__(self) -> None:
+        self.variables: contextvars.Context = NO_VARIABLES
+
+
+NO_VARIABLES = contextvars.Context()
+"""Of a scope in which no handler has run: most have none."""
+
+
+class Transaction(Scope):
     """One mail transaction (RFC 5321, section 3.3): from MAIL to the message's end."""
 
     __slots__ = ("body_failure", "body_replaced", "message", "recipients", "sender", "spoilt", "state")
 
     def __init__(self, sender: Address) -> None:
+        super().__init__()
         self.sender = sender
         self.recipients: list[Address] = []
         self.state: Any = None
@@ -97,13 +134,21 @@ class Transaction:
         """A handler of the end raised: if the policy lets the message pass, then without edits, perhaps half done."""
 
 
-class Conversation:
+class Named(Protocol):
+    """A handler, as the log speaks of it."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Conversation(Scope):
     """What is known of one connection; written by the engine, read through contexts."""
 
     __slots__ = (
         "_new_session",
         "_new_transaction",
         "client",
+        "handler",
         "helo",
         "hostname",
         "id",
@@ -114,11 +159,14 @@ class Conversation:
     def __init__(
         self, number: int, new_session: Callable[[], Any] | None, new_transaction: Callable[[], Any] | None
     ) -> None:
+        super().__init__()
         self.id = number
         self.hostname: str | None = None
         self.client = ("U", "", "")
         """Family, port and address, as the shim's log has them."""
         self.helo: str | None = None
+        self.handler: Named | None = None
+        """Which was called last."""
         self.transaction: Transaction | None = None
         self.state: Any = None
         self._new_session = new_session or SimpleNamespace
@@ -127,6 +175,12 @@ class Conversation:
     @property
     def address(self) -> ClientAddress:
         return client_address(*self.client)
+
+    def begin(self, scope: Scope, variables: contextvars.Context) -> None:
+        """Give a connection, or its message, the variables that it begins with. `variables`: those of the filter."""
+        if scope is not self and self.variables is not NO_VARIABLES:
+            variables = self.variables
+        scope.variables = variables.copy()
 
     def session_state(self) -> Any:
         if self.state is None:
@@ -278,6 +332,15 @@ class Context(_View, Generic[S, T]):
             )
         state: T = self._conversation.transaction_state(transaction)
         return state
+
+    @property
+    def connected(self) -> bool:
+        """Does the MTA still wait? False: it has closed its connection, and will not read the answer.
+
+        For plain functions that work long; a coroutine is cancelled by itself. An MTA whose machine is gone without a
+        word is taken to be there.
+        """
+        return not self._call.mta_is_gone()
 
     @property
     def actions(self) -> Actions:

@@ -4,14 +4,20 @@
 :mod:`milter.loop`, and with it asyncio, is imported only for filters that have coroutines: it takes megabytes.
 """
 
+import contextvars
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from milter import children
+from milter.context import Scope
 
-__all__ = ["NoEventLoop", "event_loop_for", "is_coroutine_function", "refuse_awaitable"]
+__all__ = ["MtaGone", "NoEventLoop", "event_loop_for", "is_coroutine_function", "refuse_awaitable"]
+
+
+class MtaGone(Exception):
+    """A coroutine was cancelled, since the MTA does not wait for its answer any more."""
 
 
 def is_coroutine_function(function: Callable[..., Any]) -> bool:
@@ -40,13 +46,21 @@ def discard(awaitable: object) -> None:
 class NoEventLoop:
     """In the place of an event loop, for a filter without coroutines. What each method is for, see its place there."""
 
+    def __init__(self) -> None:
+        self.variables = contextvars.copy_context()
+        """The context variables of the filter: those of the thread that starts it, and what its hooks set. Hooks run in
+        it, and each connection begins with a copy."""
+
     def run_hook(self, hook: Callable[[], Any]) -> None:
         """Call a hook of the process."""
-        result = children.call(hook)
+        result = self.variables.run(children.call, hook)
         refuse_awaitable(result, getattr(hook, "__qualname__", repr(hook)))
 
-    def answer(self, awaitable: Awaitable[Any], name: str) -> Any:
-        """What the coroutine of the handler `name` returns, or raises."""
+    def answer(self, awaitable: Awaitable[Any], name: str, scope: Scope, mta_is_gone: Callable[[], bool]) -> Any:
+        """What the coroutine of the handler `name` returns, or raises. It runs with the variables of `scope`.
+
+        :class:`MtaGone`: it was cancelled, since the MTA is.
+        """
         discard(awaitable)
         raise RuntimeError(f"{name} is a coroutine function, and was registered when the filter ran already")
 

@@ -26,21 +26,33 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from time import monotonic
 from typing import Any, NamedTuple, TypeAlias
 
 from milter import children
 from milter.app import WHOLE_MESSAGE, Handler, Milter
-from milter.context import Call, Context, Conversation, EomContext, NegotiateContext, Transaction, expire
-from milter.coroutines import NoEventLoop, refuse_awaitable
+from milter.context import (
+    NO_VARIABLES,
+    Call,
+    Context,
+    Conversation,
+    EomContext,
+    NegotiateContext,
+    Scope,
+    Transaction,
+    expire,
+)
+from milter.coroutines import MtaGone, NoEventLoop, refuse_awaitable
 from milter.edits import Change, Numbering, changes, needed
 from milter.envelope import Address
 from milter.errors import ActionError, HandlerError, MilterError
+from milter.lateness import client_and_message, tell_end, tell_late
 from milter.ledger import Ledger
 from milter.message import Message, freeze
 from milter.plan import Plan, make_plan
-from milter.progress import Progress
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, known_actions, known_options
 from milter.verdict import MEANINGFUL, Reply, Status, Verdict
+from milter.watch import Watch
 
 log = logging.getLogger("milter")
 
@@ -164,8 +176,9 @@ class Engine:
         self._loop = loop
         self._on_shutdown = on_shutdown
         self._on_failure = on_failure
-        self.progress = self._progress()
-        self.silent_since = self.progress.silent_since if self.progress is not None else None
+        self.watch = Watch(app.progress, tell_late)
+        self._running = self.watch.running
+        self._variables = loop.variables
         self._gathers = self.plan.gathers
         self._leading_space = self.plan.shows_leading_space
         self._sees_refused = self.plan.sees_refused_recipients
@@ -191,12 +204,6 @@ class Engine:
         if ledger is not None:
             self._records = ledger.noting(self._records, leading_space=self._leading_space)
 
-    def _progress(self) -> Progress | None:
-        """If any handlers run at the end of a message, those of earlier stages that only observe among them."""
-        if not self.app.progress or not (Stage.EOM in self.plan.handled or self.plan.deferred):
-            return None
-        return Progress(self.app.progress)
-
     def _step(self, stage: Stage) -> _Step:
         silent = stage in self.plan.silent or stage in _WITHOUT_REPLY
         return _Step(stage, tuple(self.app.handlers[stage]), silent)
@@ -217,8 +224,9 @@ class Engine:
         connection = self._connection(number)
         context = NegotiateContext(connection, negotiation)  # type: ignore[arg-type]
         try:
+            connection.begin(connection, self._variables)
             for handler in self._steps[Stage.NEGOTIATE].handlers:
-                self._checked(handler, handler.function(context), Stage.NEGOTIATE)
+                self._checked(handler, connection.variables.run(handler.function, context), Stage.NEGOTIATE)
         except BaseException as failure:
             self._failed(handler, failure, Stage.NEGOTIATE, connection, call)
             return False
@@ -246,10 +254,17 @@ class Engine:
             del self._connections[number]
         decision: Decision = CONTINUE
         fields = iter(text.split("\0"))
-        for letter in fields:
-            if letter:  # the text behind the last NUL is empty
-                reader, step = self._records[letter]
-                decision = reader(step, fields, connection, call)
+        call.connection = connection
+        self._running[call] = began = monotonic()
+        try:
+            for letter in fields:
+                if letter:  # the text behind the last NUL is empty
+                    reader, step = self._records[letter]
+                    decision = reader(step, fields, connection, call)
+        finally:
+            del self._running[call]
+            if call.late:
+                tell_end(call, began)
         return _answer(decision, connection)
 
     def _connection(self, number: int) -> _Connection:
@@ -408,19 +423,25 @@ class Engine:
         call: Call,
     ) -> Decision:
         transaction = connection.transaction
+        scope = transaction or connection
+        if scope.variables is NO_VARIABLES:
+            connection.begin(scope, self._variables)
         for handler in handlers:
             if connection.skipped and handler in connection.skipped:
                 continue
+            connection.handler = handler
             try:
                 given = (_whole(transaction, call),) if handler.form is WHOLE_MESSAGE else arguments
-                verdict = handler.function(context, *given)
+                verdict = scope.variables.run(handler.function, context, *given)
                 if handler.asynchronous:
-                    verdict = self._loop.answer(verdict, handler.name)
+                    verdict = self._awaited(handler, verdict, stage, scope, call)
                 decision = self._checked(handler, verdict, stage)
                 if transaction is not None and transaction.body_failure is not None:
                     raise transaction.body_failure
+            except MtaGone as gone:
+                decision = scope.variables.run(self._left_alone, gone, stage, connection, call)
             except BaseException as failure:
-                decision = self._failed(handler, failure, stage, connection, call)
+                decision = scope.variables.run(self._failed, handler, failure, stage, connection, call)
                 if stage in (_ABORT, _CLOSE):
                     continue
                 if transaction is not None and stage is _EOM:
@@ -436,6 +457,11 @@ class Engine:
         if stage is _BODY and connection.skipped.issuperset(handlers):
             return Status.SKIP
         return CONTINUE
+
+    def _awaited(self, handler: Handler, answer: Any, stage: Stage, scope: Scope, call: Call) -> Any:
+        """What the coroutine gives. It is cancelled when the MTA is gone, if the MTA was waiting for that."""
+        silent = self._steps[stage].silent
+        return self._loop.answer(answer, handler.name, scope, _never if silent else call.mta_is_gone)
 
     def _checked(self, handler: Handler, verdict: Verdict, stage: Stage) -> Decision:
         """The verdict, if it is one that means something here. A child that the handler has forked ends."""
@@ -493,6 +519,17 @@ class Engine:
             error.__cause__ = failure
             self._on_shutdown(error)
         return decision
+
+    def _left_alone(self, gone: MtaGone, stage: Stage, connection: _Connection, call: Call) -> Decision:
+        """The MTA is gone, and reads no answer. Nothing failed, unless the handler raised on its way out."""
+        failure = gone.__cause__ if isinstance(gone.__cause__, Exception) else None
+        about = client_and_message(connection, call.macro_at_once(b"i"))
+        log.info("%s, in %s (%s)", gone, stage.decorator, about, exc_info=failure)
+        return _fitting(Status.TEMPFAIL, stage)
+
+
+def _never() -> bool:
+    return False
 
 
 _ACCEPTING = (CONTINUE, Status.ACCEPT)

@@ -35,7 +35,7 @@ from mmap import mmap
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from milter import access
-from milter.context import Call, Conversation, Transaction
+from milter.context import Call, Conversation, Scope, Transaction
 from milter.envelope import Address, InetAddress
 from milter.errors import MilterError
 from milter.protocol import Stage
@@ -311,7 +311,8 @@ class Ledger:
                 size=self._size(account) if stage is _EOM else None,
                 handlers=account.handlers,
                 total=_now() - account.began,
-            )
+            ),
+            account.transaction or connection,
         )
 
     def _refuse(
@@ -323,7 +324,8 @@ class Ledger:
             self.metrics.refused(verdict)
         if self._write is not None:
             failed = self._raised.get(connection.id, ())
-            self._enter(_record(connection, verdict, stage, decision, failed=failed, handlers=nanoseconds))
+            record = _record(connection, verdict, stage, decision, failed=failed, handlers=nanoseconds)
+            self._enter(record, connection)
 
     def _size(self, account: _Account) -> int | None:
         message = account.transaction.message if account.transaction is not None else None
@@ -335,11 +337,11 @@ class Ledger:
             return None
         return account.shown + (len("\r\n") if self._shows_header else 0)
 
-    def _enter(self, record: dict[str, Any]) -> None:
-        """A log that fails fails no message."""
+    def _enter(self, record: dict[str, Any], scope: Scope) -> None:
+        """With the context variables that handlers have set. A log that fails fails no message."""
         assert self._write is not None
         try:
-            self._write(record)
+            scope.variables.copy().run(self._write, record)
         except Exception:
             log.exception("the access log failed")
 

@@ -5,8 +5,8 @@ The way of a handler that is a coroutine:
 
 1. A thread of libmilter calls the function, which makes a coroutine, and submits it here as a job.
 2. It waits, without the GIL, for the lock that the job came with.
-3. The loop makes a task of it. When that ends, in whatever way, the job is settled: result or exception
-   are noted, and the lock is released.
+3. The loop makes a task of it, in the context of its message (:class:`milter.context.Scope`). When that ends, in
+   whatever way, the job is settled: result or exception are noted, and the lock is released.
 4. The thread of libmilter goes on with what it finds.
 
 The invariants:
@@ -20,17 +20,24 @@ The invariants:
 - Time is kept by those who wait, not by the loop, which a coroutine may block.
 - A job that was cancelled has failed, even if its coroutine catches that and returns something: it is never
   taken for a verdict.
+- A context is the job's from its submission until its task has ended. Who waits and goes on before that, gives the
+  context up: see :meth:`EventLoop.answer`.
 """
 
 import asyncio
 import contextlib
 import logging
+import math
 import threading
+import time
 from collections.abc import Awaitable, Callable
+from contextvars import Context
 from typing import Any, TypeAlias
 
 from milter import children
-from milter.coroutines import NoEventLoop, discard, is_coroutine_function
+from milter.blocking import BlockingCalls
+from milter.context import Scope
+from milter.coroutines import MtaGone, NoEventLoop, discard, is_coroutine_function
 
 __all__ = ["EventLoop"]
 
@@ -38,6 +45,7 @@ log = logging.getLogger("milter")
 
 _GRACE = 1.0  # seconds that a coroutine gets to end once it was cancelled
 _LAST_WAIT = 5.0  # seconds that background tasks of the filter get to end
+_LOOK = 1.0  # seconds between two looks whether the MTA still waits
 
 
 _Outcome: TypeAlias = tuple[Any, BaseException | None]
@@ -46,12 +54,15 @@ _Outcome: TypeAlias = tuple[Any, BaseException | None]
 class _Job:
     """A coroutine, and somebody who waits for it."""
 
-    __slots__ = ("_over", "awaitable", "cancelled_because", "failure", "result", "task")
+    __slots__ = ("_over", "awaitable", "cancelled_because", "ended", "failure", "result", "task", "variables")
 
-    def __init__(self, awaitable: Awaitable[Any]) -> None:
+    def __init__(self, awaitable: Awaitable[Any], variables: Context) -> None:
         self.awaitable = awaitable
+        self.variables = variables
         self.task: asyncio.Task[_Outcome] | None = None
         self.cancelled_because = ""
+        self.ended = False
+        """It runs no more, and nothing else in its context. Who was told that it is settled may look."""
         # By who settles it, before it wakes who waits:
         self.result: Any = None
         self.failure: BaseException | None = None
@@ -69,9 +80,9 @@ class _Job:
         children.end_if_forked(generation, None)
         return result, None
 
-    def wait(self, seconds: float | None) -> bool:
+    def wait(self, seconds: float) -> bool:
         """Is it settled within this time?"""
-        return self._over.acquire(timeout=-1 if seconds is None else min(seconds, threading.TIMEOUT_MAX))
+        return self._over.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
 
     def settle(self, outcome: "_Outcome") -> None:
         self.result, self.failure = outcome
@@ -92,9 +103,11 @@ class EventLoop(NoEventLoop):
     """The event loop of one server: it runs until :meth:`stop`. `timeout`: seconds that a handler may take."""
 
     def __init__(self, timeout: float | None) -> None:
-        self._timeout = timeout
+        super().__init__()
+        self._timeout = math.inf if timeout is None else timeout
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self._loop = self._runner.get_loop()
+        self._loop.set_default_executor(BlockingCalls())
         self._ending = False
         # Under the lock:
         self._lock = threading.Lock()
@@ -111,9 +124,9 @@ class EventLoop(NoEventLoop):
         if not is_coroutine_function(hook):
             super().run_hook(hook)
             return
-        job = self._submit(hook())
+        job = self._submit(self.variables.run(hook), self.variables)
         try:
-            job.wait(None)
+            job.wait(math.inf)
         except BaseException as interruption:
             self._post(self._cancel, job, f"interrupted by {interruption!r}")
             raise
@@ -145,40 +158,62 @@ class EventLoop(NoEventLoop):
 
     # ---- By the threads of libmilter
 
-    def answer(self, awaitable: Awaitable[Any], name: str) -> Any:
+    def answer(self, awaitable: Awaitable[Any], name: str, scope: Scope, mta_is_gone: Callable[[], bool]) -> Any:
         """What the coroutine of the handler `name` returns, or raises. Waits for it, without the GIL."""
-        job = self._submit_if_serving(awaitable)
-        if job.wait(self._timeout):
-            return job.outcome()
-        self._post(self._cancel, job, "handler_timeout")
-        late = f"{name} was cancelled, since it took longer than {self._timeout:g} seconds (Milter.handler_timeout)"
+        before = scope.variables.copy()
+        job = self._submit_if_serving(awaitable, scope.variables)
+        try:
+            late = self._wait(job, name, mta_is_gone)
+            if late is None:
+                return job.outcome()
+            raise self._end_early(job, late)
+        finally:
+            late = None  # or the exception and its traceback would refer to each other
+            if not job.ended:
+                scope.variables = before
+
+    def _wait(self, job: _Job, name: str, mta_is_gone: Callable[[], bool]) -> Exception | None:
+        """Until it is settled. Else: why it is not waited for any longer."""
+        end = time.monotonic() + self._timeout
+        while not job.wait(min(_LOOK, max(end - time.monotonic(), 0.0))):
+            if mta_is_gone():
+                return MtaGone(f"{name} was cancelled, since the MTA has closed its connection")
+            if time.monotonic() >= end:
+                limit = f"{self._timeout:g} seconds (Milter.handler_timeout)"
+                return TimeoutError(f"{name} was cancelled, since it took longer than {limit}")
+        return None
+
+    def _end_early(self, job: _Job, late: Exception) -> Exception:
+        """Cancel it; what is to be raised."""
+        self._post(self._cancel, job, str(late))
         if job.wait(_GRACE):
-            raise TimeoutError(late) from job.failure
+            late.__cause__, job.failure = job.failure, None
+            return late
         self._take(job)
-        raise TimeoutError(
+        return type(late)(
             f"{late}, and did not end by that: it catches asyncio.CancelledError, or something blocks the event loop. "
             "It is answered without it"
         )
 
     # ---- Jobs: any thread
 
-    def _submit(self, awaitable: Awaitable[Any]) -> _Job:
+    def _submit(self, awaitable: Awaitable[Any], variables: Context) -> _Job:
         with self._lock:
-            return self._add(awaitable)
+            return self._add(awaitable, variables)
 
-    def _submit_if_serving(self, awaitable: Awaitable[Any]) -> _Job:
+    def _submit_if_serving(self, awaitable: Awaitable[Any], variables: Context) -> _Job:
         with self._lock:
             if self._drained:
                 discard(awaitable)
                 raise asyncio.CancelledError("the filter stops")
-            return self._add(awaitable)
+            return self._add(awaitable, variables)
 
-    def _add(self, awaitable: Awaitable[Any]) -> _Job:
+    def _add(self, awaitable: Awaitable[Any], variables: Context) -> _Job:
         """Under the lock."""
         if self._closed:
             discard(awaitable)
             raise asyncio.CancelledError("the event loop has ended")
-        job = _Job(awaitable)
+        job = _Job(awaitable, variables)
         self._jobs.add(job)
         self._loop.call_soon_threadsafe(self._begin, job)
         return job
@@ -210,10 +245,19 @@ class EventLoop(NoEventLoop):
         if job not in self._jobs:  # nobody waits any more
             discard(job.awaitable)
             return
-        job.task = self._loop.create_task(job.perform())
+        performance = job.perform()
+        try:
+            job.task = self._loop.create_task(performance, context=job.variables)
+        except BaseException as failure:  # the filter has given the loop another factory of tasks
+            performance.close()
+            discard(job.awaitable)
+            job.ended = True
+            self._settle(job, (None, failure))
+            return
         job.task.add_done_callback(lambda task: self._end(job, task))
 
     def _end(self, job: _Job, task: "asyncio.Task[_Outcome]") -> None:
+        job.ended = True
         if task.cancelled():  # before its first step
             discard(job.awaitable)
             outcome = _cancelled(job.cancelled_because)
@@ -241,6 +285,7 @@ class EventLoop(NoEventLoop):
             self._closed = True
         for job in self._drain():
             self._settle(job, _cancelled("the event loop has ended"))
+        self._loop.set_task_factory(None)  # the end needs tasks, too, and the filter's own factory may fail
         self._runner.close()
 
     # ---- In a forked child

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,11 @@ from milter import (
     server,
 )
 from milter._shim import lib
+from milter.context import Conversation
+from milter.coroutines import MtaGone
 from milter.loop import EventLoop
 from milter.testing import AddHeader, Client, Verdict
-from tests.conftest import Serve, begin_message, send_content, send_message
+from tests.conftest import Serve, begin_message, collect, send_content, send_message
 from tests.filter_process import RunFilter, running_filters
 from tests.test_errors import REPLYING_STAGES, drive, last
 
@@ -45,6 +47,13 @@ ENDS = [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, Ru
 
 def loop_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "milter event loop"]
+
+
+def ask_loop(
+    running: EventLoop, coroutine: Coroutine[Any, Any, Any], mta_is_gone: Callable[[], bool] = lambda: False
+) -> Any:
+    """As a handler of some message."""
+    return running.answer(coroutine, "the coroutine", Conversation(1, None, None), mta_is_gone)
 
 
 @pytest.fixture
@@ -242,23 +251,29 @@ def test_nothing_is_left_of_a_call_for_the_garbage_collector(serve: Serve) -> No
         gc.enable()
 
 
-def test_nothing_is_left_of_a_failure_for_the_garbage_collector() -> None:
+@pytest.mark.parametrize("why", ["it fails", "it takes too long", "the MTA is gone"])
+def test_nothing_is_left_of_a_failure_for_the_garbage_collector(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Witness:
         pass
 
+    monkeypatch.setattr(loop, "_LOOK", 0.01)
     witnesses: list[weakref.ref[Witness]] = []
+    begun = threading.Event()
 
     async def fail() -> None:
         witness = Witness()
         witnesses.append(weakref.ref(witness))
+        begun.set()
+        if why != "it fails":
+            await asyncio.Event().wait()
         raise RuntimeError
 
-    running = EventLoop(None)
+    running = EventLoop(0.01 if why == "it takes too long" else None)
     gc.collect()
     gc.disable()
     try:
-        with contextlib.suppress(RuntimeError):
-            running.answer(fail(), "fail")
+        with contextlib.suppress(RuntimeError, TimeoutError, MtaGone):
+            ask_loop(running, fail(), lambda: begun.wait(LIMIT) and why == "the MTA is gone")
         running.stop()
         assert witnesses[0]() is None
     finally:
@@ -754,7 +769,7 @@ def test_whoever_comes_after_the_end_of_the_loop_is_told_so() -> None:
     with pytest.raises(asyncio.CancelledError, match="the event loop has ended"):
         ended.run_hook(later)
     with pytest.raises(asyncio.CancelledError, match="the filter stops"):
-        ended.answer(later(), "later")
+        ask_loop(ended, later())
 
 
 def test_whoever_waits_at_the_end_of_the_loop_is_told_so() -> None:
@@ -768,7 +783,7 @@ def test_whoever_waits_at_the_end_of_the_loop_is_told_so() -> None:
 
     def ask() -> None:
         with pytest.raises(asyncio.CancelledError) as caught:
-            running.answer(wait_for_ever(), "wait_for_ever")
+            ask_loop(running, wait_for_ever())
         failures.append(caught.value)
 
     asking = threading.Thread(target=ask)
@@ -793,3 +808,84 @@ def test_a_coroutine_function_that_a_hook_registers_comes_too_late(
 
     assert send_message(serve(app).greeted()).answer.verdict is Verdict.TEMPFAIL
     assert "is a coroutine function, and was registered when the filter ran already" in caplog.text
+
+
+# ---- What else belongs to asyncio
+
+
+def test_a_coroutine_may_have_children_of_its_own(serve: Serve) -> None:
+    """The loop is not in the main thread, which asyncio needs for signals alone."""
+    app = Milter("test")
+    seen: list[Any] = []
+
+    @app.on_eom
+    async def ask(ctx: EomContext) -> Status:
+        child = await asyncio.create_subprocess_exec("cat", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        said, _ = await child.communicate(b"hello")
+        others = [await asyncio.create_subprocess_exec("false") for _ in range(10)]
+        seen.extend([said, child.returncode, *[await other.wait() for other in others]])
+        return Status.ACCEPT
+
+    assert send_message(serve(app).greeted()).answer.verdict is Verdict.ACCEPT
+    assert seen == [b"hello", 0, *[1] * 10]
+
+
+def test_a_background_task_that_fails_is_told_in_the_log(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    app = Milter("test")
+
+    async def fail() -> None:
+        raise ZeroDivisionError("in the background")
+
+    @app.on_eom
+    async def begin(ctx: EomContext) -> Status:
+        await asyncio.wait([asyncio.create_task(fail())])
+        gc.collect()
+        return Status.ACCEPT
+
+    assert send_message(serve(app).greeted()).answer.verdict is Verdict.ACCEPT
+    collect()
+    assert "Task exception was never retrieved" in caplog.text
+    assert "in the background" in caplog.text
+
+
+def test_a_factory_of_tasks_that_fails_fails_the_handler(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    app = Milter("test")
+
+    def fail(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
+        raise ZeroDivisionError("no task")
+
+    @app.on_start
+    async def choose() -> None:
+        asyncio.get_running_loop().set_task_factory(fail)
+
+    @app.on_eom
+    async def answer(ctx: EomContext) -> Status:
+        return Status.ACCEPT
+
+    assert send_message(serve(app).greeted()).answer.verdict is Verdict.TEMPFAIL
+    assert "answer failed in on_eom" in caplog.text
+    assert "ZeroDivisionError: no task" in caplog.text
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python has them since 3.12")
+def test_tasks_may_begin_at_once(serve: Serve) -> None:
+    app = Milter("test")
+    steps: list[str] = []
+
+    @app.on_start
+    async def choose() -> None:
+        asyncio.get_running_loop().set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009
+
+    @app.on_mail
+    async def at_once(ctx: Context, sender: Address, params: Params) -> Status:
+        steps.append("at once")
+        return Status.CONTINUE
+
+    @app.on_eom
+    async def later(ctx: EomContext) -> Status:
+        await asyncio.sleep(0)
+        steps.append("later")
+        return Status.ACCEPT
+
+    assert send_message(serve(app).greeted()).answer.verdict is Verdict.ACCEPT
+    assert steps == ["at once", "later"]

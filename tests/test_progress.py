@@ -2,16 +2,17 @@
 """Progress by itself, while handlers take long at the end of a message. Handlers wait for what their MTA has seen."""
 
 import asyncio
+import math
 import threading
 import time
 from typing import Any
 
 import pytest
 
-from milter import Context, EomContext, Message, Milter, Status
+from milter import Context, EomContext, Message, Milter, Stage, Status
 from milter._shim import lib
-from milter.progress import Progress
 from milter.testing import Client, Verdict
+from milter.watch import Watch
 from tests.conftest import Serve, begin_message, send_message
 
 LIMIT = 30.0
@@ -21,8 +22,8 @@ OFTEN = 0.001
 NEVER_HERE = 3600.0
 
 
-def progress_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "milter progress"]
+def watch_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "milter watch"]
 
 
 def ask_at_end(client: Client, header: str = "test") -> Client:
@@ -140,22 +141,16 @@ def test_a_short_handler_shows_none(serve: Serve) -> None:
     assert end.changes == ()
     assert end.events == ()
     assert end.answer.verdict is Verdict.ACCEPT
-    assert peer.server.engine.silent_since == {}
+    assert peer.server.engine.watch.running == {}
 
 
 @pytest.mark.parametrize("progress", [None, 0, 0.0])
-def test_it_can_be_turned_off(serve: Serve, progress: float | None) -> None:
-    app = Milter("test", progress=progress)
-    app.on_eom(lambda ctx: Status.ACCEPT)
-    assert send_message(serve(app).greeted()).answer.verdict is Verdict.ACCEPT
-    assert progress_threads() == []
-
-
-def test_a_filter_that_does_nothing_at_the_end_of_a_message_has_no_thread_for_it(serve: Serve) -> None:
-    app = Milter("test")
-    app.on_mail(lambda ctx, sender, params: Status.CONTINUE)
-    serve(app)
-    assert progress_threads() == []
+def test_it_can_be_turned_off(progress: float | None) -> None:
+    watch = Watch(progress, tell_nobody)
+    call = Offered(watch, 10)
+    watch.running.update({call: 1000.0})  # type: ignore[dict-item]
+    watch._look(1000000.0)
+    assert call.offers == 0
 
 
 def test_the_thread_ends_with_the_server(serve: Serve) -> None:
@@ -163,9 +158,9 @@ def test_the_thread_ends_with_the_server(serve: Serve) -> None:
     app.on_eom(lambda ctx: Status.ACCEPT)
     for _ in range(3):
         peer = serve(app)
-        assert len(progress_threads()) == 1
+        assert len(watch_threads()) == 1
         peer.server.stop()
-        assert progress_threads() == []
+        assert watch_threads() == []
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
@@ -227,8 +222,8 @@ def test_an_mta_that_is_gone_is_not_tried_again(serve: Serve) -> None:
     peer.forget(gone)
     other = ask_at_end(peer.greeted())
     await_progress(other, 5)
-    assert peer.server.engine.silent_since is not None
-    assert len(peer.server.engine.silent_since) == 1
+    shown = peer.server.engine.watch._shown
+    assert sorted(math.isinf(since) for since in shown.values()) == [False, True]
     seen.set()
     assert rest(other) == [b"c"]
 
@@ -243,7 +238,7 @@ def test_a_call_that_has_returned_takes_no_progress(serve: Serve) -> None:
     @app.on_eom
     def keep(ctx: EomContext) -> Status:
         calls.append(ctx._call)
-        assert ctx._call.offer_progress()  # type: ignore[attr-defined]
+        assert ctx._call.offer_progress()
         return Status.ACCEPT
 
     client = serve(app).greeted()
@@ -256,8 +251,12 @@ def test_a_call_that_has_returned_takes_no_progress(serve: Serve) -> None:
 class Offered:
     """Counts what it is offered, and leaves the table after some, as a call that returns at that moment."""
 
-    def __init__(self, progress: Progress, most: int) -> None:
-        self._progress = progress
+    stage = Stage.EOM
+    late = False
+
+    def __init__(self, watch: Watch, most: int) -> None:
+        watch.running.update({self: time.monotonic()})  # type: ignore[dict-item]
+        self._watch = watch
         self._most = most
         self.offers = 0
         self.enough = threading.Event()
@@ -265,33 +264,33 @@ class Offered:
     def offer_progress(self) -> bool:
         self.offers += 1
         if self.offers == self._most:
-            self._progress.silent_since.pop(self)
+            self._watch.running.pop(self)  # type: ignore[call-overload]
             self.enough.set()
         return True
 
 
+def tell_nobody(call: object, began: float) -> None: ...
+
+
 def test_a_call_that_ends_while_it_is_served_does_not_come_back() -> None:
-    progress = Progress(OFTEN)
-    calls = [Offered(progress, most) for most in (1, 5, 20)]
-    for call in calls:
-        progress.silent_since[call] = time.monotonic()
-    progress.start()
+    watch = Watch(OFTEN, tell_nobody)
+    calls = [Offered(watch, most) for most in (1, 5, 20)]
+    watch.start()
     assert all(call.enough.wait(LIMIT) for call in calls)
-    progress.stop()
+    watch.stop()
     assert [call.offers for call in calls] == [1, 5, 20]
-    assert progress.silent_since == {}
+    assert watch.running == {}
 
 
 def test_a_look_serves_who_is_due_and_nobody_else() -> None:
-    progress = Progress(100.0)
-    early, late = Offered(progress, 10), Offered(progress, 10)
-    progress.silent_since[early] = 1000.0
-    progress.silent_since[late] = 1050.0
-    progress._serve(1050.0)
+    watch = Watch(100.0, tell_nobody)
+    early, late = Offered(watch, 10), Offered(watch, 10)
+    watch.running.update({early: 1000.0, late: 1050.0})  # type: ignore[dict-item]
+    watch._look(1050.0)
     assert (early.offers, late.offers) == (0, 0)
-    progress._serve(1100.0)
+    watch._look(1100.0)
     assert (early.offers, late.offers) == (1, 0)
-    progress._serve(1150.0)
+    watch._look(1150.0)
     assert (early.offers, late.offers) == (1, 1)
-    progress._serve(1240.0)
+    watch._look(1240.0)
     assert (early.offers, late.offers) == (2, 2)

@@ -303,7 +303,6 @@ def test_connections_side_by_side_keep_apart_and_all_are_counted(
     assert Counter(record["verdict"] for record in records) == verdicts
     assert all(tag_of(record["sender"]) == record["queue_id"].removeprefix("Q") for record in records)
     engine = peer.server.engine
-    assert engine.progress is not None
-    assert engine.progress.silent_since == {}
+    assert engine.watch.running == {}
     assert engine.ledger is not None
     assert engine.ledger._accounts == {}

@@ -86,6 +86,8 @@ int milter_wait_handlers(struct milter_run *run, int milliseconds);
 int milter_take_ended(struct milter_run *run, uint64_t *numbers, int count);
 
 int milter_macro(struct milter_session *session, uint64_t token, const char *name, char *buffer, size_t size);
+int milter_try_macro(struct milter_session *session, uint64_t token, const char *name, char *buffer, size_t size);
+int milter_mta_gone(struct milter_session *session, uint64_t token);
 int milter_request_macros(struct milter_session *session, uint64_t token, int where, const char *names);
 int milter_set_reply(struct milter_session *session, uint64_t token, const char *code, const char *enhanced,
                      char *const *lines, size_t count);

@@ -1034,6 +1034,7 @@ int milter_register(const char *name)
     };
     milter_find_macro_arrays();
     milter_watch_forks();
+    milter_find_descriptor();
     return smfi_register(description);
 }
 
@@ -1217,6 +1218,19 @@ static int lock_session(struct milter_session *session, uint64_t token)
     return MILTER_EXPIRED;
 }
 
+/* The same without waiting for the lock. It is taken while an action is under way, which may wait for its MTA. */
+static int try_session(struct milter_session *session, uint64_t token)
+{
+    if (milter_is_child())
+        return MILTER_CHILD;
+    if (pthread_mutex_trylock(&session->lock) != 0)
+        return MILTER_BUSY;
+    if (session->token == token && token != 0)
+        return MILTER_OK;
+    pthread_mutex_unlock(&session->lock);
+    return MILTER_EXPIRED;
+}
+
 /* Under the session's lock: what an action needs is the end of the message and the MTA's grant (0: none). */
 static int may_act(const struct milter_session *session, unsigned long grant, size_t size)
 {
@@ -1260,20 +1274,13 @@ static size_t packet_size(const char *first, const char *second)
     return sizeof(uint32_t) + strlen(first) + 1 + (second != NULL ? strlen(second) + 1 : 0);
 }
 
-/*
- * Copies the value into the buffer, since libmilter's memory is valid only until
- * the next command. Returns the length of the value, or an enum milter_result; a
- * value longer than size - 1 is not copied.
- */
-int milter_macro(struct milter_session *session, uint64_t token, const char *name, char *buffer, size_t size)
+/* Under the session's lock, which it gives back; see milter_macro. */
+static int copy_macro(struct milter_session *session, const char *name, char *buffer, size_t size)
 {
-    int result = lock_session(session, token);
+    int result = MILTER_ABSENT;
 
-    if (result != MILTER_OK)
-        return result;
     milter_mend_macros(session->ctx);
     const char *value = smfi_getsymval(session->ctx, text(name));
-    result = MILTER_ABSENT;
     if (value != NULL) {
         const size_t length = strlen(value);
         if (length < size)
@@ -1282,6 +1289,43 @@ int milter_macro(struct milter_session *session, uint64_t token, const char *nam
     }
     pthread_mutex_unlock(&session->lock);
     return result;
+}
+
+/*
+ * Copies the value into the buffer, since libmilter's memory is valid only until
+ * the next command. Returns the length of the value, or an enum milter_result; a
+ * value longer than size - 1 is not copied.
+ */
+int milter_macro(struct milter_session *session, uint64_t token, const char *name, char *buffer, size_t size)
+{
+    const int result = lock_session(session, token);
+
+    return result == MILTER_OK ? copy_macro(session, name, buffer, size) : result;
+}
+
+/* The same for the one thread that looks after all sessions (milter/watch.py), which waits for none of them. */
+int milter_try_macro(struct milter_session *session, uint64_t token, const char *name, char *buffer, size_t size)
+{
+    const int result = try_session(session, token);
+
+    return result == MILTER_OK ? copy_macro(session, name, buffer, size) : result;
+}
+
+/*
+ * Has the MTA closed its connection? Then it waits for no answer any more. By the
+ * thread that serves the session, or by another one that has the context. 1: yes;
+ * 0: no, or it cannot be told (peer.c); MILTER_BUSY: an action is under way;
+ * MILTER_EXPIRED.
+ */
+int milter_mta_gone(struct milter_session *session, uint64_t token)
+{
+    const int result = try_session(session, token);
+
+    if (result != MILTER_OK)
+        return result;
+    const bool gone = milter_peer_gone(session->ctx, session->descriptor);
+    pthread_mutex_unlock(&session->lock);
+    return gone;
 }
 
 /* Only in milter_python_negotiate, once for each stage. */
@@ -1456,20 +1500,17 @@ static int send_progress_if_read(struct milter_session *session)
 }
 
 /*
- * By the one thread that shows progress for all sessions (milter/progress.py), so
- * it waits for none of them. A lock that is taken: an action is under way, which
+ * By the one thread that shows progress for all sessions (milter/watch.py), so it
+ * waits for none of them. A lock that is taken: an action is under way, which
  * shows progress itself, or waits for its MTA.
  */
 int milter_offer_progress(struct milter_session *session, uint64_t token)
 {
-    int result = MILTER_EXPIRED;
+    int result = try_session(session, token);
 
-    if (milter_is_child())
-        return MILTER_CHILD;
-    if (pthread_mutex_trylock(&session->lock) != 0)
-        return MILTER_BUSY;
-    if (session->token == token && token != 0)
-        result = may_act(session, 0, 0);
+    if (result != MILTER_OK)
+        return result;
+    result = may_act(session, 0, 0);
     if (result == MILTER_OK)
         result = send_progress_if_read(session);
     pthread_mutex_unlock(&session->lock);

@@ -41,7 +41,7 @@ static int act(struct milter_session *session, uint64_t token, bool bodies)
 {
     char buffer[64];
 
-    switch (chance(10)) {
+    switch (chance(12)) {
     case 0: return milter_macro(session, token, "i", buffer, sizeof buffer);
     case 1: return milter_macro(session, token, "{auth_authen}", buffer, chance(3));
     case 2: return milter_add_header(session, token, "X-Stress", "value");
@@ -54,6 +54,11 @@ static int act(struct milter_session *session, uint64_t token, bool bodies)
             return milter_send_body(session, token, "body\r\n", chance(7));
         break;
     case 8: return milter_offer_progress(session, token);
+    case 9: return milter_try_macro(session, token, "i", buffer, sizeof buffer);
+    case 10: {
+        const int gone = milter_mta_gone(session, token);
+        return gone < 0 ? gone : MILTER_OK;
+    }
     }
     return milter_progress(session, token);
 }
