@@ -11,9 +11,10 @@
 """
 
 from milter._version import VERSION as __version__
+from milter.addresses import Address
 from milter.app import Milter
 from milter.context import Context, EomContext, NegotiateContext
-from milter.envelope import Address, ClientAddress, InetAddress, Params, UnixAddress
+from milter.envelope import ClientAddress, InetAddress, Params, UnixAddress
 from milter.errors import (
     ActionError,
     ContextError,

@@ -20,9 +20,10 @@ from typing import (
     overload,
 )
 
+from milter.addresses import Address
 from milter.context import Context, EomContext, NegotiateContext, S, T
 from milter.coroutines import is_coroutine_function
-from milter.envelope import Address, ClientAddress, Params
+from milter.envelope import ClientAddress, Params
 from milter.errors import RegistrationError
 from milter.message import Message
 from milter.protocol import MACRO_LISTS, Actions, Stage, macro_name

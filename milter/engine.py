@@ -28,11 +28,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from milter.addresses import Address
 from milter.app import WHOLE_MESSAGE, Handler, Milter
 from milter.context import Call, Context, Conversation, EomContext, NegotiateContext, Transaction, expire
 from milter.coroutines import NoEventLoop, refuse_awaitable
 from milter.edits import Change, Numbering, changes, needed
-from milter.envelope import Address
 from milter.errors import ActionError, HandlerError, MilterError
 from milter.ledger import Ledger
 from milter.message import Message, freeze
