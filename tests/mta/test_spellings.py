@@ -13,7 +13,7 @@ from milter import Address, Context, Milter, Params
 from tests import spellings
 from tests.spellings import DELIVERED, LOOKALIKES, MAILBOX, NEIGHBOURS, NULL, QUOTED_AS_A_WHOLE, REWRITTEN
 
-from .postfix import Postfix, open_directory
+from .postfix import Postfix
 from .sendmail import Sendmail
 from .server import MailServer
 from .smtp import SmtpClient
@@ -70,8 +70,7 @@ class Recorder:
 def recorder_of_module() -> Iterator[Recorder]:
     """One for all, so that the servers need no other configuration for each test; use `recorder`."""
     recorder = Recorder()
-    # Over TCP Sendmail waits 40 ms with each message.
-    with open_directory() as directory, recorder.app.start(f"unix:{directory}/filter", mode=0o666) as serving:
+    with recorder.app.start("inet:0@127.0.0.1") as serving:
         recorder.socket = serving.socket
         yield recorder
 
