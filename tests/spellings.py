@@ -302,6 +302,7 @@ NEIGHBOURS = (
     '<"boss "@internal.example>',
     '<" boss"@internal.example>',
     '<"bo ss"@internal.example>',
+    '<"boss@evil.test"@internal.example>',
     "<'boss'@internal.example>",
     "<boss%evil.test@internal.example>",
     "<evil.test!boss@internal.example>",
