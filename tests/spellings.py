@@ -186,6 +186,21 @@ DELIVERED_BY_SENDMAIL = (
 )
 """Postfix refuses these, or delivers them to somebody else."""
 
+FOLDED = (
+    "<BOſS@internal.example>",
+    "<boſſ@internal.example>",
+)
+"""Postfix finds the aliases of `MAILBOX` for them, since a long s is one in upper case. They need SMTPUTF8."""
+
+MAPPED = (
+    "<boss@ｉnternal.example>",
+    "<boss@INTERNAL.ｅxample>",
+    "<boss@internal．example>",
+    "<boss@internal。example>",
+    "<boss@intern\u00adal.example>",
+)
+"""Their domain is that of `MAILBOX` in DNS (RFC 3490, section 4), which Postfix asks. They need SMTPUTF8."""
+
 NULL = (
     "<>",
     "< >",
@@ -318,7 +333,9 @@ def spelt(spelling: str, mailbox: str) -> str:
     """A spelling from above, of another mailbox whose domain has two labels: each word as it stands there."""
     local, _, domain = mailbox.partition("@")
     words = dict(zip(("boss", "internal", "example"), (local, *domain.split(".", 1)), strict=True))
-    return re.sub("boss|internal|example", lambda match: _like(match[0], words[match[0].lower()]), spelling, flags=re.I)
+    return re.sub(
+        "boss|internal|example", lambda match: _like(match[0], words[match[0].lower()]), spelling, flags=re.I | re.A
+    )
 
 
 def _like(pattern: str, word: str) -> str:

@@ -24,9 +24,9 @@ DOMAIN = MAILBOX.partition("@")[2]
 class Tried:
     """Spellings that were tried with a server. `accepted`: what it delivered each to, in its own words."""
 
-    def __init__(self, server: MailServer, command: str, listed: Sequence[str], filter: str) -> None:
+    def __init__(self, server: MailServer, command: str, listed: Sequence[str], filter: str, **settings: str) -> None:
         self._number = {f"{number}": spelling for number, spelling in enumerate(listed)}
-        with SmtpClient(server.milter_service(filter)) as client:
+        with SmtpClient(server.milter_service(filter, **settings)) as client:
             client.ehlo()
             for number, spelling in self._number.items():
                 self._send(client, command.format(spelling), number)
@@ -38,7 +38,8 @@ class Tried:
             self.recipients[spelling] = _plain(*delivery.recipients)
 
     def _send(self, client: SmtpClient, command: str, number: str) -> None:
-        commands = ["MAIL FROM:<ann@client.test>", "RCPT TO:<bob@sink.test>"]
+        unicode = "" if command.isascii() else " SMTPUTF8"
+        commands = [f"MAIL FROM:<ann@client.test>{unicode}", "RCPT TO:<bob@sink.test>"]
         commands[command.startswith("RCPT")] = command
         if all(client.command(line).code == 250 for line in ("RSET", *commands)):
             client.data(f"From: <ann@client.test>\nSubject: {number}\n\n")
@@ -133,3 +134,14 @@ def test_postfix_delivers_some_more(postfix: Postfix, recorder: Recorder) -> Non
 def test_sendmail_delivers_some_more(sendmail: Sendmail, recorder: Recorder) -> None:
     listed = spellings.DELIVERED_BY_SENDMAIL
     assert Tried(sendmail, RCPT, listed, recorder.socket).recipients == dict.fromkeys(listed, MAILBOX)
+
+
+def test_postfix_takes_more_letters_for_the_same(postfix: Postfix, recorder: Recorder) -> None:
+    alias = f"inline:{{{MAILBOX}=alias@sink.test}}"
+    tried = Tried(postfix, RCPT, spellings.FOLDED, recorder.socket, virtual_alias_maps=alias)
+    assert tried.recipients == dict.fromkeys(spellings.FOLDED, "alias@sink.test")
+
+
+def test_postfix_takes_domains_in_unicode(postfix: Postfix, recorder: Recorder) -> None:
+    tried = Tried(postfix, RCPT, spellings.MAPPED, recorder.socket)
+    assert set(tried.recipients) == set(spellings.MAPPED)
