@@ -64,12 +64,9 @@ def _arguments(function: ast.AST) -> set[str]:
     """Those of a handler that are addresses or names of hosts, whatever they are called."""
     if not isinstance(function, Function):
         return set()
-    decorators = {node.attr for each in function.decorator_list for node in ast.walk(each) if _is_attribute(node)}
-    return {argument.arg for argument in function.args.args} - _OTHER_ARGUMENTS if decorators & _STAGES else set()
-
-
-def _is_attribute(node: ast.AST) -> bool:
-    return isinstance(node, ast.Attribute)
+    nodes = [node for decorator in function.decorator_list for node in ast.walk(decorator)]
+    stages = {node.attr for node in nodes if isinstance(node, ast.Attribute)} & _STAGES
+    return {argument.arg for argument in function.args.args} - _OTHER_ARGUMENTS if stages else set()
 
 
 def _named(node: ast.AST, known: set[str]) -> Iterator[str]:
