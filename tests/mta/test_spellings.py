@@ -55,6 +55,7 @@ class Recorder:
     def __init__(self) -> None:
         self.senders: list[Address] = []
         self.recipients: list[Address] = []
+        self.rewritten: list[Address] = []
         self.socket = ""
         self.app = Milter("recorder")
 
@@ -65,6 +66,7 @@ class Recorder:
         @self.app.on_rcpt
         def rcpt(ctx: Context, recipient: Address, params: Params) -> None:
             self.recipients.append(recipient)
+            self.rewritten.append(Address(ctx.macros["{rcpt_addr}"]))
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,7 @@ def recorder_of_module() -> Iterator[Recorder]:
 def recorder(recorder_of_module: Recorder) -> Recorder:
     recorder_of_module.senders.clear()
     recorder_of_module.recipients.clear()
+    recorder_of_module.rewritten.clear()
     return recorder_of_module
 
 
@@ -101,22 +104,28 @@ def test_recipients_are_delivered_to_the_mailbox(server: MailServer, recorder: R
     listed = [*DELIVERED, *QUOTED_AS_A_WHOLE, *REWRITTEN]
     tried = Tried(server, RCPT, listed, recorder.socket)
     assert tried.recipients == dict.fromkeys(listed, MAILBOX)
+    assert [seen.raw for seen in recorder.recipients] == listed
+    assert [seen.raw for seen in recorder.recipients if not seen.matches(MAILBOX)] == list(REWRITTEN)
+    assert [seen.raw for seen in recorder.rewritten if not seen.matches(MAILBOX)] == []
 
 
 def test_senders_are_taken_for_the_mailbox(server: MailServer, recorder: Recorder) -> None:
     tried = Tried(server, MAIL, DELIVERED, recorder.socket)
     assert tried.senders == dict.fromkeys(DELIVERED, MAILBOX)
+    assert [seen.raw for seen in recorder.senders if not seen.matches(MAILBOX)] == []
 
 
 def test_null_senders_are_taken_for_that(server: MailServer, recorder: Recorder) -> None:
     tried = Tried(server, MAIL, NULL, recorder.socket)
     assert tried.senders == dict.fromkeys(NULL, "")
+    assert [seen.raw for seen in recorder.senders if seen] == []
 
 
 def test_lookalikes_go_elsewhere(server: MailServer, recorder: Recorder) -> None:
     tried = Tried(server, RCPT, LOOKALIKES, recorder.socket)
     assert len(tried.recipients) > len(LOOKALIKES) / 2
     assert {name: to for name, to in tried.recipients.items() if to.rpartition("@")[2] == DOMAIN} == {}
+    assert [seen.raw for seen in recorder.recipients if seen.matches(DOMAIN)] == []
 
 
 def test_neighbours_are_somebody_else_at_the_domain(server: MailServer, recorder: Recorder) -> None:
@@ -124,6 +133,7 @@ def test_neighbours_are_somebody_else_at_the_domain(server: MailServer, recorder
     assert set(tried.recipients) == set(NEIGHBOURS)
     assert {to.rpartition("@")[2] for to in tried.recipients.values()} == {DOMAIN}
     assert MAILBOX not in tried.recipients.values()
+    assert all(seen.matches(DOMAIN) and not seen.matches(MAILBOX) for seen in recorder.recipients)
 
 
 def test_postfix_delivers_some_more(postfix: Postfix, recorder: Recorder) -> None:
