@@ -138,6 +138,9 @@ REWRITTEN = (
 """Both servers deliver them to `MAILBOX` as long as their configuration does not forbid it. To others they are local
 parts without a domain, so a filter cannot know."""
 
+REWRITTEN_BY_POSTFIX = ('<"@evil.test:boss"@internal.example>',)
+"""Postfix takes away a route even if it is in quotes. To Sendmail it is the name of somebody else."""
+
 DELIVERED_BY_POSTFIX = (
     r'<"b\oss"@internal.example>',
     r'<"\b\o\s\s"@internal.example>',
@@ -159,7 +162,6 @@ DELIVERED_BY_POSTFIX = (
     "boss@internal.example>",
     "<group:boss@internal.example;>",
     "<group: boss@internal.example;>",
-    '<"@evil.test:boss"@internal.example>',
 )
 """Sendmail refuses these, or delivers them to somebody else."""
 

@@ -52,6 +52,7 @@ from tests.spellings import (
     NULL,
     QUOTED_AS_A_WHOLE,
     REWRITTEN,
+    REWRITTEN_BY_POSTFIX,
     spelt,
 )
 
@@ -425,5 +426,5 @@ def test_a_host_name_may_be_written_otherwise(load: Load, name: str) -> None:
 def test_what_the_servers_rewrite_is_found_in_their_macro(load: Load) -> None:
     app = load("docs/howto/addresses.md:addresses.py keep_the_boss_from_strangers")
     macros = {Command.RCPT: {"{rcpt_addr}": "boss@internal.example"}}
-    transcripts = sent(app, to_each(REWRITTEN), Session(stage_macros=macros))
+    transcripts = sent(app, to_each([*REWRITTEN, *REWRITTEN_BY_POSTFIX]), Session(stage_macros=macros))
     assert all(refused(transcript, Command.RCPT) for transcript in transcripts)
