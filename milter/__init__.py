@@ -5,7 +5,7 @@
 >>> app = Milter("polite")
 >>> @app.on_helo
 ... def greet(ctx: Context, name: str) -> Status:
-...     return Status.REJECT if name == "localhost" else Status.CONTINUE
+...     return Status.REJECT if name.lower().rstrip(".") == "localhost" else Status.CONTINUE
 
 ``app.run("inet:3000@localhost")`` then serves until the process is told to stop.
 """

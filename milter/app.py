@@ -206,8 +206,8 @@ class Milter(Generic[S, T]):
 
     >>> app = Milter("guard")
     >>> @app.on_rcpt
-    ... def no_relay(ctx: Context, recipient: str, params: Params) -> Status | Reply:
-    ...     if recipient.endswith("@example.net"):
+    ... def no_relay(ctx: Context, recipient: Address, params: Params) -> Status | Reply:
+    ...     if recipient.matches("example.net"):
     ...         return Reply(550, "5.7.1", "not for you")
     ...     return Status.CONTINUE
     >>> [handler.name for handler in app.handlers[Stage.RCPT]]

@@ -212,12 +212,12 @@ class Context(_View, Generic[S, T]):
     Valid only while the handler runs; afterwards each use raises :class:`ContextError`, in any
     thread. Text is decoded as UTF-8 with ``surrogateescape``: nothing is lost, nothing raises.
 
-    >>> from milter import Context, Milter, Params, Status
+    >>> from milter import Address, Context, Milter, Params, Status
     >>> app = Milter("example")
     >>> @app.on_rcpt(macros=["{client_ptr}"])
-    ... def protect(ctx: Context, recipient: str, params: Params) -> Status:
+    ... def protect(ctx: Context, recipient: Address, params: Params) -> Status:
     ...     stranger = ctx.macros.get("{client_ptr}", "unknown") == "unknown"
-    ...     return Status.REJECT if stranger and recipient.startswith("boss@") else Status.CONTINUE
+    ...     return Status.REJECT if stranger and recipient.matches("boss@mta.example") else Status.CONTINUE
     """
 
     __slots__ = ()

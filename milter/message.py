@@ -46,7 +46,7 @@ class Message(Editable):
 
     >>> from milter import EomContext, Status
     >>> def tag(ctx: EomContext, message: Message) -> Status:
-    ...     if "list@mta.example" in message.recipients:
+    ...     if any(recipient.matches("list@mta.example") for recipient in message.recipients):
     ...         message.headers["Subject"] = f"[list] {message.headers.get('Subject', '')}"
     ...         message.headers.add("List-Id", "<list.mta.example>")
     ...         message.sender = "list-bounces@mta.example"
