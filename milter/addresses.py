@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Mail addresses: what a client wrote, as the servers read it, so that addresses can be compared.
 
-A client may write one mailbox in many ways: ``<boss@mta.example>``, ``<Boss@MTA.Example.>``, ``<"boss"@mta.example>(x)``.
+A client may write one mailbox in many ways: ``<boss@mta.example>``, ``<Boss@MTA.Example.>``, ``<"boss"@mta.example>``.
 Postfix and Sendmail deliver all of them to the same person. So an :class:`Address` is the reading, and has the
 client's own text beside it. The grammar is that of RFC 5321 (section 4.1.2) and RFC 5322 (section 3.4), with the
 liberties that both servers take; tests/spellings.py has what each of them was seen to do.

@@ -135,8 +135,16 @@ REWRITTEN = (
     "<internal.example!boss>",
     "<INTERNAL.example!boss>",
 )
-"""Both servers deliver them to `MAILBOX` as long as their configuration does not forbid it. To others they are local
-parts without a domain, so a filter cannot know."""
+"""Both servers deliver them to `MAILBOX` as long as their configuration does not forbid it."""
+
+ROUTED = (
+    "<boss%internal.example@mta.example>",
+    "<internal.example!boss@mta.example>",
+    '<"boss@internal.example"@mta.example>',
+    "<boss@internal.example@mta.example>",
+    "<boss>",
+)
+"""Where ``mta.example`` is a server's own domain, it may deliver them to `MAILBOX`."""
 
 REWRITTEN_BY_POSTFIX = ('<"@evil.test:boss"@internal.example>',)
 """Postfix takes away a route even if it is in quotes. To Sendmail it is the name of somebody else."""

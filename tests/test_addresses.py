@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Mail addresses: how they are read, compared, and checked before they are sent. What servers do: tests/spellings.py."""
+"""Mail addresses: how they are read, compared, and checked before they are sent. The servers: tests/spellings.py."""
 
 import pickle
 from collections.abc import Callable

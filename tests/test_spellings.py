@@ -24,7 +24,7 @@ import spf
 
 import milter
 from examples import footer, greylist
-from milter import Milter
+from milter import Address, Milter
 from milter.testing import (
     MTA,
     ClientAddress,
@@ -53,6 +53,7 @@ from tests.spellings import (
     QUOTED_AS_A_WHOLE,
     REWRITTEN,
     REWRITTEN_BY_POSTFIX,
+    ROUTED,
     spelt,
 )
 
@@ -214,9 +215,11 @@ class Rule:
     judge: Judge
     whole_domain: bool = False
     """It is about all mailboxes of the domain."""
+    complete: bool = False
+    """It refuses, too, what does not say by itself whose mailbox it is."""
 
 
-INTERNAL = Rule("boss@internal.example", recipient_is_refused, whole_domain=True)
+INTERNAL = Rule("boss@internal.example", recipient_is_refused, whole_domain=True, complete=True)
 STAFF = Rule("staff@mta.example", recipient_is_refused)
 GREYLISTED_SENDER = Rule("ann@client.example", greylisted(lambda one: Envelope(one, (BOB,)), "ann@client.example"))
 GREYLISTED_RECIPIENT = Rule("bob@mta.example", greylisted(lambda one: Envelope(ANN, (one,)), "bob@mta.example"))
@@ -260,6 +263,7 @@ TESTED_BELOW = {
 
 HARMLESS = {
     "docs/howto/web-service.md:ask.py ask": "it tells the addresses to a service, and compares the service's answer",
+    "milter.addresses.Address ": "it shows what is equal",
     "milter.message.Recipients ": "it takes away what it was given just before",
 }
 """Found, and no comparison."""
@@ -363,13 +367,22 @@ def test_each_function_that_compares_is_known() -> None:
 
 @pytest.mark.parametrize(("name", "rule"), CASES, ids=IDS)
 def test_every_spelling_is_the_same_mailbox(load: Load, name: str, rule: Rule) -> None:
-    spellings = [*DELIVERED, *(QUOTED_AS_A_WHOLE if rule.judge is recipient_is_refused else ())]
+    as_recipient = rule.judge is recipient_is_refused
+    spellings = [*DELIVERED, *REWRITTEN, *(QUOTED_AS_A_WHOLE if as_recipient else ())]
     assert wrong(load(name), rule, spellings, True) == []
 
 
 @pytest.mark.parametrize(("name", "rule"), CASES, ids=IDS)
 def test_what_looks_like_it_is_not(load: Load, name: str, rule: Rule) -> None:
-    assert wrong(load(name), rule, LOOKALIKES, False) == []
+    lookalikes = [spelling for spelling in LOOKALIKES if not rule.complete or Address(spelling).complete]
+    assert wrong(load(name), rule, lookalikes, False) == []
+
+
+@pytest.mark.parametrize("name", [name for name, rules in RULES.items() if INTERNAL in rules])
+def test_what_a_server_may_take_for_it_is_refused_and_the_postmaster_is_not(load: Load, name: str) -> None:
+    app = load(name)
+    assert recipient_is_refused(app, ROUTED) == [True] * len(ROUTED)
+    assert recipient_is_refused(app, ["<postmaster>", "<PostMaster>"]) == [False, False]
 
 
 @pytest.mark.parametrize(("name", "rule"), CASES, ids=IDS)

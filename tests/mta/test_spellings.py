@@ -105,7 +105,7 @@ def test_recipients_are_delivered_to_the_mailbox(server: MailServer, recorder: R
     tried = Tried(server, RCPT, listed, recorder.socket)
     assert tried.recipients == dict.fromkeys(listed, MAILBOX)
     assert [seen.raw for seen in recorder.recipients] == listed
-    assert [seen.raw for seen in recorder.recipients if not seen.matches(MAILBOX)] == list(REWRITTEN)
+    assert [seen.raw for seen in recorder.recipients if not seen.matches(MAILBOX)] == []
     assert [seen.raw for seen in recorder.rewritten if not seen.matches(MAILBOX)] == []
 
 
