@@ -103,8 +103,7 @@ def filter_with(settings: Settings) -> Milter:
 
 
 def is_meant(settings: Settings, message: Message) -> bool:
-    domain = message.sender.rpartition("@")[2].lower()
-    return not settings.domains or domain in settings.domains
+    return not settings.domains or message.sender.matches(*settings.domains)
 
 
 # ---- The parts of a message, with every byte in its place

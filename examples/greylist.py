@@ -93,7 +93,7 @@ def filter_with(settings: Settings, clock: Callable[[], float] = time.time) -> M
         if not isinstance(ctx.address, InetAddress) or is_trusted(ctx.address) or ctx.macros.get("{auth_type}"):
             return Status.CONTINUE
         try:
-            wait = seconds_to_wait(stores[0], settings, clock(), ctx.address, ctx.sender or "", recipient)
+            wait = seconds_to_wait(stores[0], settings, clock(), ctx.address, ctx.sender, recipient)
         except StoreError as problem:
             log.error("the store cannot be asked: %s", problem)
             return Status.CONTINUE if settings.pass_on_error else Status.TEMPFAIL
@@ -105,14 +105,16 @@ def filter_with(settings: Settings, clock: Callable[[], float] = time.time) -> M
 
 
 def seconds_to_wait(
-    store: Store, settings: Settings, now: float, address: InetAddress, sender: str, recipient: str
+    store: Store, settings: Settings, now: float, address: InetAddress, sender: Address | None, recipient: Address
 ) -> int:
     """0 if the client came back in time, or is known to come back."""
     client = network(address)
     if store.knows(f"known {client}", now):
         store.renew(f"known {client}", now, settings.keep)
         return 0
-    first = store.first_seen(f"tried {client} {sender.lower()} {recipient.lower()}", now, settings.window)
+    # However they are written: a server that tries again may spell them otherwise.
+    envelope = f"{sender.canonical if sender else '<>'} {recipient.canonical}"
+    first = store.first_seen(f"tried {client} {envelope}", now, settings.window)
     wait = round(first + settings.delay - now)
     if wait > 0:
         return wait

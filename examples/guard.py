@@ -22,9 +22,9 @@ class Seen:
 app = Milter("guard", transaction=Seen)
 
 
-@app.on_rcpt(macros=["{auth_authen}"])
+@app.on_rcpt
 def no_strangers(ctx: Context[object, Seen], recipient: Address, params: Params) -> Status | Reply:
-    if recipient.lower().endswith("@internal.example") and not ctx.macros.get("{auth_authen}"):
+    if not ctx.login and (recipient.matches("internal.example") or not recipient.complete):
         return Reply(550, "5.7.1", "internal addresses are not for you, we are 100% sure")
     return Status.CONTINUE
 

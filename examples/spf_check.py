@@ -97,15 +97,20 @@ def filter_with(settings: Settings) -> Milter[object, Checked]:
     return app
 
 
-def ask(settings: Settings, address: InetAddress, sender: str, helo: str, receiver: str) -> Result:
+def ask(settings: Settings, address: InetAddress, sender: Address, helo: str, receiver: str) -> Result:
     """The result for this sender; for the null sender of a bounce, that of the HELO name (RFC 7208, section 2.4)."""
-    query = spf.query(address.host, sender, helo, receiver=receiver, querytime=settings.timeout)
+    query = spf.query(address.host, mailbox(sender), helo, receiver=receiver, querytime=settings.timeout)
     try:
         word, _, explanation = query.check()
     except (dns.exception.DNSException, UnicodeError) as problem:  # those that the library does not expect
         log.warning("%s, %s: %s", address, sender, problem)
         word, explanation = "temperror", str(problem)
     return Result(word, explanation, printable(query.get_header(word, receiver)))
+
+
+def mailbox(sender: Address) -> str:
+    """The sender as pyspf wants it, which takes all that follows the first ``@`` for the domain."""
+    return f"{sender.local.replace('@', '=')}@{sender.domain}" if sender else ""
 
 
 def resolver_at(nameserver: str) -> dns.resolver.Resolver:

@@ -5,15 +5,16 @@
 >>> app = Milter("polite")
 >>> @app.on_helo
 ... def greet(ctx: Context, name: str) -> Status:
-...     return Status.REJECT if name == "localhost" else Status.CONTINUE
+...     return Status.REJECT if name.lower().rstrip(".") == "localhost" else Status.CONTINUE
 
 ``app.run("inet:3000@localhost")`` then serves until the process is told to stop.
 """
 
 from milter._version import VERSION as __version__
+from milter.addresses import Address
 from milter.app import Milter
 from milter.context import Context, EomContext, NegotiateContext
-from milter.envelope import Address, ClientAddress, InetAddress, Params, UnixAddress
+from milter.envelope import ClientAddress, InetAddress, Params, UnixAddress
 from milter.errors import (
     ActionError,
     ContextError,

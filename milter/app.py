@@ -20,9 +20,10 @@ from typing import (
     overload,
 )
 
+from milter.addresses import Address
 from milter.context import Context, EomContext, NegotiateContext, S, T
 from milter.coroutines import is_coroutine_function
-from milter.envelope import Address, ClientAddress, Params
+from milter.envelope import ClientAddress, Params
 from milter.errors import RegistrationError
 from milter.message import Message
 from milter.protocol import MACRO_LISTS, Actions, Stage, macro_name
@@ -208,8 +209,8 @@ class Milter(Generic[S, T]):
 
     >>> app = Milter("guard")
     >>> @app.on_rcpt
-    ... def no_relay(ctx: Context, recipient: str, params: Params) -> Status | Reply:
-    ...     if recipient.endswith("@example.net"):
+    ... def no_relay(ctx: Context, recipient: Address, params: Params) -> Status | Reply:
+    ...     if recipient.matches("example.net"):
     ...         return Reply(550, "5.7.1", "not for you")
     ...     return Status.CONTINUE
     >>> [handler.name for handler in app.handlers[Stage.RCPT]]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-from milter.envelope import Address, without_brackets
+from milter.addresses import Address
 from milter.protocol import MACRO_LISTS, MacroList, Stage
 
 # RFC 5322, section 3.6.8: printable ASCII without the colon.
@@ -60,20 +60,65 @@ def index(number: int, *, lowest: int) -> None:
 
 def sender(address: str) -> bytes:
     """In angle brackets, the form that both MTAs take; ``<>`` for the null sender."""
-    return _encode(f"<{_bare(address)}>")
+    _require_text(address, "an address")
+    return b"<>" if address in ("", "<>") else recipient(address)
 
 
 def recipient(address: str) -> bytes:
-    """In angle brackets, the form that both MTAs take."""
-    bare = _bare(address)
-    if not bare:
-        raise ValueError("the address of a recipient is empty")
-    return _encode(f"<{bare}>")
+    """In angle brackets, the form that both MTAs take. What came from the MTA can be given back in any case."""
+    _require_text(address, "an address")
+    _refuse_line_ends(address, "an address")
+    bare = address.removeprefix("<").removesuffix(">") if address.startswith("<") and address.endswith(">") else address
+    reading = Address(bare)
+    fault = _fault(bare, reading)
+    if not fault:
+        in_dns = bare.rpartition("@")[2].isascii()
+        return _encode(f"<{bare if in_dns else reading}>")  # the name in DNS needs no SMTPUTF8
+    if isinstance(address, Address) and address.from_server:
+        return known_recipient(address)
+    raise ValueError(f"the address {address!r} {fault}")
 
 
 def known_recipient(address: Address) -> bytes:
     """As the client wrote it, which is what Sendmail compares."""
     return _encode(address.raw)
+
+
+def _fault(bare: str, reading: Address) -> str:
+    """Why the servers do not read one mailbox in this, both the same one (RFC 5321, section 4.1.2); "": they do."""
+    if not bare:
+        return "is empty"
+    if _CONTROL.search(bare):
+        return "contains a control character"
+    if _MAILBOX.fullmatch(bare):
+        if len(_encode(bare)) > _LONGEST_ADDRESS:
+            return f"is longer than {_LONGEST_ADDRESS} bytes (RFC 5321, section 4.5.3.1.3)"
+        if not reading.complete:
+            return "has %, ! or @ within its local part: a server may take that for a route to another domain"
+        return ""
+    if _POSTMASTER.fullmatch(bare):
+        return ""
+    unquoted = _QUOTED_STRING.sub("", bare)
+    if "<" in unquoted or ">" in unquoted:
+        return "is not a bare address: give it without a display name"
+    if "," in unquoted or ";" in unquoted or unquoted.count("@") > 1:
+        return "is more than one mailbox: give one at a time"
+    if "@" not in unquoted:
+        return "has no domain: each server would add one of its own"
+    return "is no mailbox as both servers read it (RFC 5321, section 4.1.2), such as ann@example.org"
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_ATOM = r"[^\s\"(),:;<>@\[\\\].\x00-\x1f\x7f]+"
+_QUOTED = r'"(?:\\.|[^"\\])*"'
+_MAILBOX = re.compile(
+    rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@"
+    r"(?:[\w-]+(?:\.[\w-]+)*|\[(?:[0-9.]+|IPv6:[0-9a-f:.]+)\])",
+    re.IGNORECASE,
+)
+_QUOTED_STRING = re.compile(_QUOTED)
+_POSTMASTER = re.compile("postmaster", re.IGNORECASE)  # the one mailbox without a domain (RFC 5321, section 4.5.1)
+_LONGEST_ADDRESS = 254
 
 
 def parameters(text: str | None) -> bytes | None:
@@ -115,15 +160,6 @@ def macro_list(stage: Stage) -> MacroList:
         return MACRO_LISTS[stage]
     except KeyError:
         raise ValueError(f"no macros can be asked for at {stage.decorator}: the MTAs have no list for it") from None
-
-
-def _bare(address: str) -> str:
-    _require_text(address, "an address")
-    _refuse_line_ends(address, "an address")
-    bare = without_brackets(address)
-    if "<" in bare or ">" in bare:
-        raise ValueError(f"give the bare address, without a display name: {address!r}")
-    return bare
 
 
 def _require_text(text: object, what: str) -> None:

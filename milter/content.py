@@ -64,7 +64,7 @@ class MemoryContent:
 
     The values are what follows the colon, with its space:
 
-    >>> from milter.envelope import Address
+    >>> from milter.addresses import Address
     >>> from milter.message import Message
     >>> content = MemoryContent([(b"Subject", b" hello")], b"Hi.\\r\\n")
     >>> message = Message(content, Address("ann@client.example"), [Address("bob@mta.example")])

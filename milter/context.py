@@ -12,8 +12,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol
 
 from milter import checks
+from milter.addresses import Address, same_mailbox
 from milter.edits import Change
-from milter.envelope import Address, ClientAddress, client_address, without_brackets
+from milter.envelope import ClientAddress, client_address, from_xtext
 from milter.errors import ActionError, ContextError, StageError, TooEarlyError
 from milter.message import Content, Message
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, macro_name
@@ -265,19 +266,22 @@ class Context(_View, Generic[S, T]):
     Valid only while the handler runs; afterwards each use raises :class:`ContextError`, in any
     thread. Text is decoded as UTF-8 with ``surrogateescape``: nothing is lost, nothing raises.
 
-    >>> from milter import Context, Milter, Params, Status
+    >>> from milter import Address, Context, Milter, Params, Status
     >>> app = Milter("example")
     >>> @app.on_rcpt(macros=["{client_ptr}"])
-    ... def protect(ctx: Context, recipient: str, params: Params) -> Status:
+    ... def protect(ctx: Context, recipient: Address, params: Params) -> Status:
     ...     stranger = ctx.macros.get("{client_ptr}", "unknown") == "unknown"
-    ...     return Status.REJECT if stranger and recipient.startswith("boss@") else Status.CONTINUE
+    ...     return Status.REJECT if stranger and recipient.matches("boss@mta.example") else Status.CONTINUE
     """
 
     __slots__ = ()
 
     @property
     def hostname(self) -> str | None:
-        """The client's name as the MTA found it, ``[192.0.2.1]`` if it found none; None before connect."""
+        """The client's name as the MTA found it, ``[192.0.2.1]`` if it found none; None before connect.
+
+        It may be forged: see :attr:`verified_hostname`.
+        """
         return self._conversation.hostname
 
     @property
@@ -306,6 +310,42 @@ class Context(_View, Generic[S, T]):
     def macros(self) -> Mapping[str, str]:
         """The MTA's macros, see :class:`Macros`."""
         return Macros(self)
+
+    @property
+    def login(self) -> str | None:
+        """The name by which the client logged in (SMTP AUTH), as it gave it; None if it did not.
+
+        The macro ``{auth_authen}``, which Sendmail encodes as xtext: ``ann+x`` is ``ann+2Bx`` there. A server that does
+        not say by the macro ``v`` that it is Postfix is taken for Sendmail.
+        """
+        name = self.macros.get("{auth_authen}") or None
+        return from_xtext(name) if name is not None and self._is_sendmail else name
+
+    @property
+    def verified_hostname(self) -> str | None:
+        """The client's host name, if the server has verified it: the name leads back to the client's address.
+
+        None otherwise, and if the server does not tell. :attr:`hostname` may be forged: Sendmail has there whatever
+        the owner of the address says in DNS. It tells the result in the macro ``{client_resolve}``, to be asked for by
+        ``macros=["{client_resolve}"]`` at ``on_connect``, and, unasked, by "(may be forged)" in the macro ``_``.
+        Postfix has "unknown" for a host name that it could not verify.
+        """
+        name = self.hostname
+        if name is None or name == "unknown" or name.startswith("["):
+            return None
+        resolved = self.macros.get("{client_resolve}")
+        if resolved is not None:
+            return name if resolved == "OK" else None
+        if not self._is_sendmail:
+            return name
+        trace = self.macros.get("_")
+        return name if trace is not None and "(may be forged)" not in trace else None
+
+    @property
+    def _is_sendmail(self) -> bool:
+        """Sendmail's version begins with a digit, and Postfix's with its name."""
+        version = self.macros.get("v")
+        return version is None or version[:1].isdigit()
 
     @property
     def queue_id(self) -> str | None:
@@ -437,13 +477,16 @@ class EomContext(Context[S, T]):
         self._call.add_recipient(checks.recipient(address), checks.parameters(params))
 
     def remove_recipient(self, address: str) -> None:
-        """Remove an envelope recipient (``smfi_delrcpt``), given as in ``ctx.recipients``, with or without brackets.
+        """Remove an envelope recipient (``smfi_delrcpt``), in any spelling.
 
-        The case must match. An address that is no recipient is ignored by the MTA.
+        An address that is no recipient is ignored by the MTA.
         """
-        encoded = checks.recipient(address)
-        known = next((known for known in self.recipients if known == without_brackets(address)), None)
-        self._call.remove_recipient(encoded if known is None else checks.known_recipient(known))
+        if isinstance(address, Address) and address.from_server:
+            known = [address]
+        else:
+            known = same_mailbox(address, self.recipients)
+        for encoded in dict.fromkeys(map(checks.known_recipient, known)) or [checks.recipient(address)]:
+            self._call.remove_recipient(encoded)
 
     def replace_body(self, body: bytes | Iterable[bytes]) -> None:
         """Replace the message's body (``smfi_replacebody``).

@@ -128,11 +128,9 @@ def _envelope(message: Message) -> Iterator[Change]:
     recipients = message._recipients
     if recipients is None:
         return
-    removed = set(recipients._removed)
-    for recipient in recipients._received:
-        if recipient in removed:  # once, also if the client gave it twice
-            removed.remove(recipient)
-            yield Change("-", (checks.known_recipient(recipient),))
+    removed = [recipient for recipient in recipients._received if recipient in recipients._removed]
+    for encoded in dict.fromkeys(map(checks.known_recipient, removed)):  # once, also if the client gave it twice
+        yield Change("-", (encoded,))
     for recipient in recipients._added.values():
         address, parameters = checks.recipient(recipient), checks.parameters(" ".join(recipient.params.raw))
         yield Change("2", (address, parameters)) if parameters else Change("+", (address,))

@@ -30,6 +30,7 @@ from time import monotonic
 from typing import Any, NamedTuple, TypeAlias
 
 from milter import children
+from milter.addresses import Address
 from milter.app import WHOLE_MESSAGE, Handler, Milter
 from milter.context import (
     NO_VARIABLES,
@@ -44,7 +45,6 @@ from milter.context import (
 )
 from milter.coroutines import MtaGone, NoEventLoop, refuse_awaitable
 from milter.edits import Change, Numbering, changes, needed
-from milter.envelope import Address
 from milter.errors import ActionError, HandlerError, MilterError
 from milter.lateness import client_and_message, tell_end, tell_late
 from milter.ledger import Ledger

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Who talks to the MTA, and what it says of a message: client addresses, mail addresses, parameters.
+"""Who talks to the MTA, and what comes with the addresses of a message: client addresses, parameters.
 
 Plain values, made by the engine from what libmilter tells, in UTF-8 with ``surrogateescape``: no
 byte is lost, and ``text.encode("utf-8", "surrogateescape")`` gives the bytes back.
 """
 
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TypeAlias
 
-__all__ = ["Address", "ClientAddress", "InetAddress", "Params", "UnixAddress"]
+__all__ = ["ClientAddress", "InetAddress", "Params", "UnixAddress"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +59,39 @@ def client_address(family: str, port: str, host: str) -> ClientAddress:
     return UnixAddress(host) if family == "L" else InetAddress(host, int(port))
 
 
+_IN_XTEXT = ("AUTH", "ENVID", "ORCPT")
+_HEXCHAR = re.compile(r"(?:\+[0-9A-F]{2})+")
+_EMBEDDED = re.compile(r"\\x\{([0-9A-F]{2,6})\}")
+
+
+def from_xtext(text: str) -> str:
+    """What was encoded as xtext (RFC 3461, section 4), or in an ORCPT of type utf-8 (RFC 6533, section 3).
+
+    What is no xtext stays as it is.
+    """
+    decoded = _HEXCHAR.sub(lambda hexchars: bytes.fromhex(hexchars[0].replace("+", "")).decode(*_UTF_8), text)
+    return _EMBEDDED.sub(_character, decoded) if decoded.lower().startswith("utf-8;") else decoded
+
+
+_UTF_8 = ("utf-8", "surrogateescape")
+
+
+def _character(embedded: re.Match[str]) -> str:
+    number = int(embedded[1], 16)
+    return chr(number) if number <= sys.maxunicode else embedded[0]
+
+
 class Params(Mapping[str, str | None]):
     """The ESMTP parameters of a MAIL or RCPT command (RFC 5321, section 4.1.2).
 
-    Keywords are matched without regard to case; a parameter without ``=`` has the value None.
+    Keywords are matched without regard to case; a parameter without ``=`` has the value None. The values of ENVID,
+    ORCPT (RFC 3461) and AUTH (RFC 4954) are decoded: clients write them in xtext, ``+2B`` for ``+``.
 
-    >>> params = Params(["size=2048", "SMTPUTF8"])
-    >>> params["SIZE"], params["smtputf8"], "BODY" in params
-    ('2048', None, False)
+    >>> params = Params(["size=2048", "SMTPUTF8", "AUTH=ann+2Bx@example.org"])
+    >>> params["SIZE"], params["smtputf8"], params["AUTH"], "BODY" in params
+    ('2048', None, 'ann+x@example.org', False)
     >>> params.raw
-    ('size=2048', 'SMTPUTF8')
+    ('size=2048', 'SMTPUTF8', 'AUTH=ann+2Bx@example.org')
     """
 
     __slots__ = ("_raw",)
@@ -84,7 +109,9 @@ class Params(Mapping[str, str | None]):
         for parameter in self._raw:
             name, equals, value = parameter.partition("=")
             if name.upper() == wanted:
-                return value if equals else None
+                if not equals:
+                    return None
+                return from_xtext(value) if wanted in _IN_XTEXT else value
         raise KeyError(keyword)
 
     def __contains__(self, keyword: object) -> bool:
@@ -98,40 +125,3 @@ class Params(Mapping[str, str | None]):
 
     def __repr__(self) -> str:
         return f"Params({list(self._raw)!r})"
-
-
-def without_brackets(address: str) -> str:
-    return address[1:-1] if address.startswith("<") and address.endswith(">") else address
-
-
-class Address(str):
-    """A sender or recipient: a ``str`` without the angle brackets, ``""`` for the null sender ``<>``.
-
-    >>> sender = Address.from_arguments(["<ann@example.org>", "SIZE=100"])
-    >>> sender, sender.raw, sender.params["SIZE"]
-    ('ann@example.org', '<ann@example.org>', '100')
-    """
-
-    __slots__ = ("_arguments",)
-    _arguments: Sequence[str]
-
-    @classmethod
-    def from_arguments(cls, arguments: Sequence[str]) -> "Address":
-        """Make one of the arguments of a MAIL or RCPT command, the address first."""
-        text = arguments[0] if arguments else ""
-        address = cls(text[1:-1] if text[:1] == "<" and text[-1:] == ">" else text)
-        address._arguments = arguments
-        return address
-
-    @property
-    def raw(self) -> str:
-        """The address exactly as the client wrote it."""
-        arguments = getattr(self, "_arguments", ())
-        return arguments[0] if arguments else str(self)
-
-    @property
-    def params(self) -> Params:
-        """The ESMTP parameters that came with it."""
-        return Params(getattr(self, "_arguments", ())[1:])
-
-    # Comparison and hash are those of str: an Address is equal to its text.

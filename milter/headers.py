@@ -50,7 +50,7 @@ class Headers(Editable):
     followed; with ``Milter(leading_space=True)``, and an MTA that can do it, they come and go with whatever
     follows the colon. The MTA's own Received field is not among them.
 
-    >>> from milter.envelope import Address
+    >>> from milter.addresses import Address
     >>> from milter.message import MemoryContent, Message
     >>> fields = [(b"From", b" ann"), (b"X-Dup", b" 1"), (b"Subject", b" hello"), (b"x-dup", b" 2")]
     >>> message = Message(MemoryContent(fields), Address("ann@client.example"), [])
@@ -113,7 +113,7 @@ class Headers(Editable):
     def raw(self) -> tuple[tuple[bytes, bytes], ...]:
         """The fields as received, edits or not: names and values in bytes, in order.
 
-        >>> from milter.envelope import Address
+        >>> from milter.addresses import Address
         >>> from milter.message import MemoryContent, Message
         >>> Message(MemoryContent([(b"Subject", b" caf\\xc3\\xa9")]), Address(""), []).headers.raw
         ((b'Subject', b'caf\\xc3\\xa9'),)

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable
 from enum import Flag
 from typing import TextIO, TypeAlias
 
+from milter.addresses import Address
 from milter.app import Milter
 from milter.context import Context, EomContext, NegotiateContext
-from milter.envelope import Address, ClientAddress, Params
+from milter.envelope import ClientAddress, Params
 from milter.errors import MilterError
 from milter.printable import printable
 from milter.protocol import Stage

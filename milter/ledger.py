@@ -35,8 +35,9 @@ from mmap import mmap
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from milter import access
+from milter.addresses import Address
 from milter.context import Call, Conversation, Scope, Transaction
-from milter.envelope import Address, InetAddress
+from milter.envelope import InetAddress
 from milter.errors import MilterError
 from milter.protocol import Stage
 from milter.verdict import Reply, Status

@@ -19,8 +19,8 @@ from email.message import EmailMessage
 from typing import overload
 
 from milter import checks
+from milter.addresses import Address
 from milter.content import Content, Editable, MemoryContent, memory_file, spooled_file
-from milter.envelope import Address, without_brackets
 from milter.headers import Headers
 from milter.parsed import parse
 
@@ -46,7 +46,7 @@ class Message(Editable):
 
     >>> from milter import EomContext, Status
     >>> def tag(ctx: EomContext, message: Message) -> Status:
-    ...     if "list@mta.example" in message.recipients:
+    ...     if any(recipient.matches("list@mta.example") for recipient in message.recipients):
     ...         message.headers["Subject"] = f"[list] {message.headers.get('Subject', '')}"
     ...         message.headers.add("List-Id", "<list.mta.example>")
     ...         message.sender = "list-bounces@mta.example"
@@ -117,17 +117,17 @@ class Message(Editable):
     def sender(self) -> Address:
         """The envelope sender, without brackets; ``""`` is the null sender of a bounce.
 
-        Set it to a ``str``, with or without brackets, to give the message another one (``smfi_chgfrom``).
-        The ESMTP parameters stay; ``EomContext.replace_sender`` can give others.
+        Set it to a mailbox, ``"ann@example.org"``, to give the message another one (``smfi_chgfrom``), or to ``""``.
+        The ESMTP parameters stay; ``EomContext.replace_sender`` can give others. ``ValueError`` for what the servers do
+        not read as one mailbox.
         """
         return self._envelope_sender if self._new_sender is None else self._new_sender
 
     @sender.setter
     def sender(self, address: str) -> None:
         self._require_open()
-        checks.sender(address)
-        old, bare = self._envelope_sender, without_brackets(address)
-        self._new_sender = None if bare == old else Address.from_arguments([f"<{bare}>", *old.params.raw])
+        old, new = self._envelope_sender, _checked(checks.sender(address), self._envelope_sender.params.raw)
+        self._new_sender = None if new == old else new
 
     @property
     def recipients(self) -> "Recipients":
@@ -252,8 +252,8 @@ def freeze(message: Message) -> None:
 class Recipients(Editable, Sequence[Address]):
     """The envelope recipients of a message: a sequence of :class:`Address <milter.Address>`, to read and to edit.
 
-    Addresses are compared exactly, with or without angle brackets, upper and lower case apart: so do both
-    MTAs when they remove one. A loop over them may edit: it goes through those that were there when it began.
+    Addresses are found in any spelling, see :meth:`Address.matches <milter.Address.matches>`. A loop over them may
+    edit: it goes through those that were there when it began.
 
     >>> message = Message(MemoryContent([]), Address(""), [Address("bob@mta.example"), Address("eve@mta.example")])
     >>> message.recipients.add("<archive@mta.example>", "NOTIFY=NEVER")
@@ -262,21 +262,23 @@ class Recipients(Editable, Sequence[Address]):
     Recipients(['bob@mta.example', 'archive@mta.example'])
     """
 
-    __slots__ = ("_added", "_known", "_received", "_removed")
+    __slots__ = ("_added", "_mailboxes", "_received", "_removed")
 
     def __init__(self, received: Sequence[Address], frozen: bool) -> None:
         """By a Message. No part of a message refers to it: a cycle would keep it in memory for a while."""
         self._frozen = frozen
         self._received = received
-        self._known: frozenset[str] | None = None
         self._removed: set[str] = set()
         self._added: dict[str, Address] = {}
+        self._mailboxes: dict[str, list[Address]] | None = None
+        """The recipients that there are, by their canonical text; made when somebody looks for one."""
 
     def add(self, address: str, params: str | None = None) -> None:
         """Add a recipient (``smfi_addrcpt``, with parameters ``smfi_addrcpt_par``).
 
         Arguments:
-            address: with or without angle brackets, without a display name.
+            address: one mailbox, ``"ann@example.org"``, with or without angle brackets. ``ValueError`` for what the
+                servers do not read as one: a list, a display name, a route, no domain.
             params: ESMTP parameters, separated by spaces, such as ``"NOTIFY=NEVER"``. Sendmail does not
                 add the recipient when it does not know one of them, Postfix ignores such a one.
 
@@ -284,16 +286,20 @@ class Recipients(Editable, Sequence[Address]):
         parameters remove it first.
         """
         self._require_open()
-        checks.recipient(address)
+        encoded = checks.recipient(address)
         checks.parameters(params)
-        bare, parameters = without_brackets(address), (params or "").split()
-        if bare in self:
+        parameters = (params or "").split()
+        if address in self:
             return
-        received = [known for known in self._received if known == bare]
-        if len(received) == 1 and list(received[0].params.raw) == parameters:
-            self._removed.remove(bare)
-        else:
-            self._added[bare] = Address.from_arguments([f"<{bare}>", *parameters])
+        new = _checked(encoded, parameters)
+        if new in self._removed:
+            received = [known for known in self._received if known == new]
+            if len(received) == 1 and list(received[0].params.raw) == parameters:
+                self._removed.remove(new)
+                self._found()[new.canonical] = received
+                return
+        self._added[new] = new
+        self._found()[new.canonical] = [new]
 
     def remove(self, address: str) -> None:
         """Remove a recipient (``smfi_delrcpt``); ``ValueError`` if there is none of this address.
@@ -301,12 +307,14 @@ class Recipients(Editable, Sequence[Address]):
         One that the client gave twice is removed altogether.
         """
         self._require_open()
-        checks.recipient(address)
-        bare = without_brackets(address)
-        if bare not in self:
+        reading = Address(address)
+        same = self._found().get(reading.canonical, [])
+        if not same:
             raise ValueError(f"{address!r} is not among the recipients: {list(map(str, self))!r}")
-        self._added.pop(bare, None)
-        self._removed.add(bare)
+        for known in [each for each in same if each == reading] or same.copy():
+            self._added.pop(known, None)
+            self._removed.add(known)
+            same.remove(known)
 
     def discard(self, address: str) -> None:
         """Remove a recipient if it is there."""
@@ -330,10 +338,14 @@ class Recipients(Editable, Sequence[Address]):
     def __contains__(self, address: object) -> bool:
         if not isinstance(address, str):
             return False
-        if self._known is None:
-            self._known = frozenset(self._received)
-        bare = without_brackets(address)
-        return bare in self._added or (bare in self._known and bare not in self._removed)
+        return bool(self._found().get(Address(address).canonical))
+
+    def _found(self) -> dict[str, list[Address]]:
+        if self._mailboxes is None:
+            self._mailboxes = {}
+            for known in self._received:
+                self._mailboxes.setdefault(known.canonical, []).append(known)
+        return self._mailboxes
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Recipients | list | tuple):
@@ -349,3 +361,8 @@ class Recipients(Editable, Sequence[Address]):
         if not self._removed and not self._added:
             return self._received
         return [known for known in self._received if known not in self._removed] + list(self._added.values())
+
+
+def _checked(encoded: bytes, params: Sequence[str]) -> Address:
+    """The address that a check has made fit to be sent."""
+    return Address.from_arguments([encoded.decode("utf-8", "surrogateescape"), *params])

@@ -97,6 +97,7 @@ def test_bytes_that_are_no_utf_8_arrive_and_can_be_turned_back(serve: Serve) -> 
     events = recorder(app, "helo", "mail", "rcpt", "header", "body")
     raw = b"caf\xe9 \xff\x80 \xc3\xa9"
     text = raw.decode("utf-8", "surrogateescape")
+    reading = text.replace(" ", ".")  # as Sendmail reads an address
     client = serve(app).client()
     client.negotiate()
     client.connect_info()
@@ -110,8 +111,8 @@ def test_bytes_that_are_no_utf_8_arrive_and_can_be_turned_back(serve: Serve) -> 
     assert client.end_of_message().answer.verdict is Verdict.CONTINUE
     assert events == [
         ("helo", text),
-        ("mail", text, Params([text])),
-        ("rcpt", text, Params([])),
+        ("mail", reading, Params([text])),
+        ("rcpt", reading, Params([])),
         ("header", text, text + "\n\tfolded "),
         ("body", b"\0\xff"),
     ]

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from milter.addresses import Address
 from milter.edits import Change, Numbering, changes, needed
-from milter.envelope import Address
 from milter.message import MemoryContent, Message, freeze
 from milter.protocol import Actions
 from milter.testing import delivery
@@ -290,7 +290,8 @@ def edit_envelope(message: Message, mailboxes: list[Mailbox], edit: tuple[Any, .
     """One edit of the message, and of the plain list."""
     kind, argument, *rest = edit
     address = argument.strip("<>")
-    there = [mailbox for mailbox in mailboxes if mailbox.address == address]
+    same = [mailbox for mailbox in mailboxes if mailbox.address.lower() == address.lower()]
+    there = [mailbox for mailbox in same if mailbox.address == address] or same
     match kind:
         case "sender":
             message.sender = argument
@@ -303,7 +304,7 @@ def edit_envelope(message: Message, mailboxes: list[Mailbox], edit: tuple[Any, .
                 message.recipients.remove(argument)
         case "remove" | "discard":
             getattr(message.recipients, kind)(argument)
-            mailboxes[:] = [mailbox for mailbox in mailboxes if mailbox.address != address]
+            mailboxes[:] = [mailbox for mailbox in mailboxes if mailbox not in there]
 
 
 @random

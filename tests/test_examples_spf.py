@@ -98,6 +98,20 @@ def test_mail_that_the_domain_disowns_is_refused(serve: Serve, nameserver: str) 
     assert refusal(transcript).startswith("550 SPF: ")
 
 
+@pytest.mark.parametrize(
+    "sender",
+    [
+        "ann@CLIENT.example.",
+        '"ann@friend.example"@client.example',
+        "@soft.example:ann@client.example",
+        "ann@client.example(@soft.example)",
+        " ann @ client.example ",
+    ],
+)
+def test_the_domain_is_asked_however_the_sender_is_written(serve: Serve, nameserver: str, sender: str) -> None:
+    assert refusal(ask(serve, Settings(nameserver), "203.0.113.1", sender)).startswith("550 SPF: ")
+
+
 def test_the_refusal_gives_the_explanation_of_the_domain_in_ascii(serve: Serve, nameserver: str) -> None:
     transcript = ask(serve, Settings(nameserver), sender="ann@why.example")
     assert refusal(transcript).startswith("550 SPF: ")

@@ -79,11 +79,11 @@ class MTA:
     Hooks run once: ``on_start`` at the beginning of the block, ``on_stop`` at its end. Any number of these may be open
     at once, of one filter or of several.
 
-    >>> from milter import Context, Milter, Reply
+    >>> from milter import Address, Context, Milter, Reply
     >>> app = Milter("guard")
     >>> @app.on_rcpt
-    ... def guard(ctx: Context, recipient: str, params: object) -> Reply | None:
-    ...     return Reply(550, "5.7.1", "not for you") if recipient.startswith("boss@") else None
+    ... def guard(ctx: Context, recipient: Address, params: object) -> Reply | None:
+    ...     return Reply(550, "5.7.1", "not for you") if recipient.matches("boss@mta.example") else None
     >>> with MTA(app) as mta:
     ...     mta.send(recipients=["boss@mta.example"])
     <Result: rejected at rcpt: 550 5.7.1 not for you>

@@ -11,7 +11,7 @@ app = Milter("abort")
 @app.on_mail
 def begin(ctx: Context, sender: Address, params: Params) -> Status:
     print("begin", sender)
-    return Status.REJECT if sender.startswith("refused@") else Status.CONTINUE
+    return Status.REJECT if sender.local == "refused" else Status.CONTINUE
 
 
 @app.on_eom

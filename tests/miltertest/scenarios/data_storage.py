@@ -37,7 +37,7 @@ def begin(ctx: Context[Visit, Mail], sender: Address, params: Params) -> Status:
 @app.on_rcpt
 def collect(ctx: Context[Visit, Mail], recipient: Address, params: Params) -> Status:
     ctx.transaction.recipients.append(recipient)
-    return Status.REJECT if recipient.startswith("nobody@") else Status.CONTINUE
+    return Status.REJECT if recipient.local == "nobody" else Status.CONTINUE
 
 
 @app.on_body

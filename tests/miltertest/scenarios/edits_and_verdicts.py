@@ -10,7 +10,7 @@ app = Milter("edits_and_verdicts")
 
 @app.on_rcpt
 def admit(ctx: Context, recipient: Address, params: Params) -> Status:
-    return Status.REJECT if recipient.startswith("nobody@") else Status.CONTINUE
+    return Status.REJECT if recipient.local == "nobody" else Status.CONTINUE
 
 
 @app.on_message

@@ -16,13 +16,13 @@ def watch(ctx: Context, recipient: Address, params: Params) -> None:
 @app.on_rcpt
 def refuse(ctx: Context, recipient: Address, params: Params) -> Status | None:
     print("refuse", recipient)
-    return Status.REJECT if recipient == "nobody@mta.example" else None
+    return Status.REJECT if recipient.matches("nobody@mta.example") else None
 
 
 @app.on_rcpt
 def explain(ctx: Context, recipient: Address, params: Params) -> Reply | None:
     print("explain", recipient)
-    return Reply(550, "5.1.1", "moved") if recipient in ("nobody@mta.example", "moved@mta.example") else None
+    return Reply(550, "5.1.1", "moved") if recipient.matches("nobody@mta.example", "moved@mta.example") else None
 
 
 @app.on_eom

@@ -22,7 +22,7 @@ app = Milter("full_disk", spool_size=1000, spool_directory=directory)
 @app.on_mail
 def prepare(ctx: Context, sender: Address, params: Params) -> Status:
     if case == "gone":
-        if sender.startswith("no-room@"):
+        if sender.local == "no-room":
             directory.rmdir()
         else:
             directory.mkdir(exist_ok=True)

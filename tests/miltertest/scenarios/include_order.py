@@ -29,7 +29,7 @@ def open_greylist() -> None:
 @greylist.on_rcpt
 def delay(ctx: Context, recipient: Address, params: Params) -> Status | Reply:
     print("greylist", recipient)
-    if recipient == "new@mta.example":
+    if recipient.matches("new@mta.example"):
         return Reply(450, "4.7.1", "come back in 5 minutes")
     return Status.CONTINUE
 

@@ -24,7 +24,7 @@ def refuse(ctx: Context, command: str) -> Status:
 
 @app.on_mail
 def begin(ctx: Context, sender: Address, params: Params) -> Status:
-    if sender.startswith("mail@"):
+    if sender.local == "mail":
         raise RuntimeError("mail")
     return Status.CONTINUE
 

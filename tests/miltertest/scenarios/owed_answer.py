@@ -11,7 +11,7 @@ app = Milter("owed_answer", on_error=Reply(451, "4.3.0", "the filter is out of o
 
 @app.on_mail
 def observe(ctx: Context, sender: Address, params: Params) -> None:
-    if sender.startswith("trouble@"):
+    if sender.local == "trouble":
         raise LookupError("the database is gone")
 
 

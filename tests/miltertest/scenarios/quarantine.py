@@ -10,7 +10,7 @@ app = Milter("quarantine")
 
 @app.on_eom
 def put_aside(ctx: EomContext) -> Status:
-    if ctx.sender == "suspect@client.example":
+    if ctx.sender and ctx.sender.matches("suspect@client.example"):
         ctx.quarantine("looks 100% suspicious")
     return Status.ACCEPT
 

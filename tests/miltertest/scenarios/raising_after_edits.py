@@ -26,7 +26,7 @@ def mark(ctx: EomContext, message: Message) -> None:
 @app.on_message
 def look_up(ctx: EomContext, message: Message) -> None:
     message.recipients.add("archive@mta.example")
-    if message.sender == "poison@client.example":
+    if message.sender.matches("poison@client.example"):
         raise LookupError("the database is gone")
 
 

@@ -32,7 +32,7 @@ def too_early(ctx: Context, sender: Address, params: Params) -> Status:
 
 @app.on_eom
 def ask(ctx: EomContext) -> Status:
-    if ctx.sender == "ungranted@client.example":
+    if ctx.sender and ctx.sender.matches("ungranted@client.example"):
         ungranted(ctx)
     else:
         malformed(ctx)

@@ -22,7 +22,7 @@ def look_up(ctx: Context, recipient: Address, params: Params) -> Status | Reply 
 
 @app.on_data
 def refuse(ctx: Context) -> Status | None:
-    return Status.REJECT if ctx.sender == "spammer@client.example" else None
+    return Status.REJECT if ctx.sender and ctx.sender.matches("spammer@client.example") else None
 
 
 if __name__ == "__main__":
