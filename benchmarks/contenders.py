@@ -39,9 +39,9 @@ def _c(mode: str) -> Callable[[Workshop], Program]:
     return lambda workshop: Program([str(workshop.c_filter()), mode])
 
 
-def _milter(script: str, link: str = "static") -> Callable[[Workshop], Program]:
+def _milter(script: str, *arguments: str, link: str = "static") -> Callable[[Workshop], Program]:
     def prepare(workshop: Workshop) -> Program:
-        return Program([sys.executable, _script(script)], {"PYTHONPATH": str(workshop.milter(link))})
+        return Program([sys.executable, _script(script), *arguments], {"PYTHONPATH": str(workshop.milter(link))})
 
     return prepare
 
@@ -66,9 +66,10 @@ CONTENDERS = [
     Contender("c-nr", "C, no reply", _c("nr")),
     Contender("c-replying", "C, replying", _c("replying")),
     Contender("milter-message", "milter on_message", _milter("milter_message")),
-    Contender("milter-message-shared", "milter on_message, shared library", _milter("milter_message", "shared")),
+    Contender("milter-message-shared", "milter on_message, shared library", _milter("milter_message", link="shared")),
     Contender("milter-observing", "milter, header and body observed", _milter("milter_observing")),
     Contender("milter-replying", "milter, replying", _milter("milter_replying")),
+    Contender("milter-replying-each", "milter, replying to each field", _milter("milter_replying", "each")),
     Contender("indymilter", "indymilter (Rust), no reply", _rust, optional=True),
     Contender("pymilter-noreply", "pymilter, no reply", _pymilter("noreply"), optional=True),
     Contender("pymilter-observing", "pymilter, header and body no reply", _pymilter("observing"), optional=True),

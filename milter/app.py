@@ -38,6 +38,7 @@ __all__ = ["Milter"]
 H = TypeVar("H", bound=Callable[..., Any])
 
 OnError: TypeAlias = Status | Reply | Literal["shutdown"]
+HeaderReplies: TypeAlias = Literal["together", "each"]
 Answer: TypeAlias = Verdict | Awaitable[Verdict]
 """Of a plain function, or of an ``async def``."""
 Nothing: TypeAlias = Awaitable[None] | None
@@ -160,6 +161,7 @@ class Options(TypedDict):
     rejected_recipients: NotRequired[bool]
     spool_size: NotRequired[int]
     spool_directory: NotRequired[str | os.PathLike[str] | None]
+    header_replies: NotRequired[HeaderReplies]
     handler_timeout: NotRequired[float | None]
     progress: NotRequired[float | None]
 
@@ -186,6 +188,9 @@ class Milter(Generic[S, T]):
             temporary file without a name. 1 MiB.
         spool_directory: where that file is made; by default the system's directory for such files
             (``tempfile.gettempdir``). When the disk is full, ``on_error`` has the answer.
+        header_replies: when the MTA hears what handlers of ``on_header`` answer. ``"together"``: at the end of the
+            header, once for all fields; until then the MTA need not wait. ``"each"``: after each field, which takes
+            several times as long. The client, the MTA's log and the delivered message are the same.
         handler_timeout: seconds that one call of an ``async def`` handler may take. Then it is cancelled
             (``asyncio.CancelledError`` is raised where it waits), and ``on_error`` has the answer. None: no limit.
             It concerns coroutines alone: a plain function cannot be interrupted.
@@ -254,6 +259,7 @@ class Milter(Generic[S, T]):
         rejected_recipients: bool = False,
         spool_size: int = 1 << 20,
         spool_directory: str | os.PathLike[str] | None = None,
+        header_replies: HeaderReplies = "together",
         handler_timeout: float | None = None,
         progress: float | None = 30.0,
     ) -> None:
@@ -273,6 +279,9 @@ class Milter(Generic[S, T]):
             raise ValueError(f"spool_size must be 0 or more bytes, not {spool_size}")
         self.spool_size = spool_size
         self.spool_directory = spool_directory
+        if header_replies not in ("together", "each"):
+            raise ValueError(f'header_replies must be "together" or "each", not {header_replies!r}')
+        self.header_replies = header_replies
         if handler_timeout is not None and not 0 < handler_timeout < math.inf:
             raise ValueError(
                 f"handler_timeout must be more than 0 seconds, or None for no limit, not {handler_timeout}"
@@ -348,7 +357,8 @@ class Milter(Generic[S, T]):
     def on_header(self) -> Register[Callable[[Context[S, T], str, str], Answer]]:
         """A header field: name, and value with its folds as LF and white space (``xxfi_header``).
 
-        ``SKIP`` ends the calls of this handler for this message.
+        Handlers are called for all fields at the end of the header, before those of ``on_eoh``, in order, until one
+        gives a verdict; see ``Milter(header_replies=…)``. ``SKIP`` ends the calls of this handler for this message.
         """
         return Register(self, _FORMS[Stage.HEADER])
 

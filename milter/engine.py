@@ -113,11 +113,12 @@ class _Connection(Conversation):
         self._connect_failure: Decision | None = None
         self._helo_failure: Decision | None = None
         self.failure: Decision | None = None
-        """What the MTA is still to be told, since a handler raised in a stage that does not reply."""
+        """What the MTA is still to be told, since a handler raised, or gave its verdict, in a stage that does not
+        reply."""
         self.skipped: set[Handler] = set()
 
     def owe(self, decision: Decision, stage: Stage) -> None:
-        """A handler raised where no reply is possible: the next stage that replies tells the MTA."""
+        """No reply is possible where a handler decided this: the next stage that replies tells the MTA."""
         if stage is Stage.CONNECT:
             self._connect_failure = decision
         elif stage is Stage.HELO:
@@ -146,6 +147,8 @@ class _Step(NamedTuple):
     handlers: tuple[Handler, ...]
     silent: bool
     """What its handlers answer is kept for the next stage that replies."""
+    answered_later: bool
+    """The same, and their verdicts are no failures: the first one is the last."""
 
 
 _Fields: TypeAlias = Iterator[str]
@@ -206,7 +209,7 @@ class Engine:
 
     def _step(self, stage: Stage) -> _Step:
         silent = stage in self.plan.silent or stage in _WITHOUT_REPLY
-        return _Step(stage, tuple(self.app.handlers[stage]), silent)
+        return _Step(stage, tuple(self.app.handlers[stage]), silent, stage in self.plan.answered_later)
 
     @property
     def connections(self) -> int:
@@ -344,9 +347,10 @@ class Engine:
         if connection.transaction is None and step.stage in _WITHIN_A_MESSAGE:
             # Its end was decided here, and failed on the way; the shim goes on, and fails it at the end.
             return decision if step.silent else Status.TEMPFAIL
-        if not step.silent and connection.failure is not None:
-            decision = _fitting(connection.failure, step.stage)
-        elif step.handlers:
+        owed = connection.failure
+        if owed is not None and not step.silent:
+            decision = _fitting(owed, step.stage)
+        elif step.handlers and (owed is None or not step.answered_later):
             decision = self._run(step, arguments, connection, call)
         if decision is CONTINUE:
             return decision

@@ -40,7 +40,9 @@ class Plan:
     handled: frozenset[Stage]
     remembered: frozenset[Stage]
     silent: frozenset[Stage]
-    """Stages that never reply: nobody wants them, or all their handlers only observe."""
+    """Stages that never reply: nobody wants them, their handlers only observe, or another stage replies for them."""
+    answered_later: frozenset[Stage]
+    """Silent stages whose handlers may give a verdict: the next stage that replies gives it to the MTA."""
     deferred: frozenset[Stage]
     """Silent stages whose handlers may be called later, together with the next event that replies."""
     gathers: bool
@@ -72,13 +74,20 @@ class Plan:
 
 def make_plan(app: Milter[Any, Any], *, followed: bool = False) -> Plan:
     handled = frozenset(stage for stage in Stage if app.handlers[stage])
-    silent = frozenset(stage for stage in _REPLYING_STAGES if all(handler.observes for handler in app.handlers[stage]))
+    observed = frozenset(
+        stage for stage in _REPLYING_STAGES if all(handler.observes for handler in app.handlers[stage])
+    )
+    answered_later = _answered_later(app) - observed
+    # The end of the header replies for its fields, with or without handlers of its own.
+    silent = (observed - {Stage.EOH}) | answered_later if answered_later else observed
+    remembered = frozenset(_REMEMBERED) | ({Stage.EOH} if answered_later else frozenset())
     gathers = any(handler.form is WHOLE_MESSAGE for handler in app.handlers[Stage.EOM])
     declared = _declared_macros(app.handlers)
     return Plan(
         handled=handled,
-        remembered=frozenset(_REMEMBERED) - handled,
+        remembered=remembered - handled,
         silent=silent,
+        answered_later=answered_later,
         deferred=(handled & silent) - _MACROS_GO_SOON,
         gathers=gathers,
         spool_size=app.spool_size,
@@ -94,6 +103,11 @@ def make_plan(app: Milter[Any, Any], *, followed: bool = False) -> Plan:
         negotiates=Stage.NEGOTIATE in handled,
         followed=followed,
     )
+
+
+def _answered_later(app: Milter[Any, Any]) -> frozenset[Stage]:
+    """The client is told nothing of the content before its end, so one answer does for all header fields."""
+    return frozenset((Stage.HEADER,) if app.header_replies == "together" else ())
 
 
 def _declared_macros(handlers: dict[Stage, list[Handler]]) -> dict[MacroList, tuple[str, ...]]:

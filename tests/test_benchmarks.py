@@ -195,7 +195,7 @@ def test_a_wrong_filter(
         ("on_helo", Status.ACCEPT, "the answer to H was a"),
         ("on_mail", Status.REJECT, "the answer to M was r"),
         ("on_rcpt", Status.REJECT, "the answer to R was r"),
-        ("on_header", Status.ACCEPT, "the answer to L was a"),
+        ("on_header", Status.ACCEPT, "the answer to N was a"),
         ("on_body", Status.DISCARD, "the answer to B was d"),
     ],
 )

@@ -322,7 +322,7 @@ def test_the_document_of_a_refused_message_says_where_and_what_the_client_is_tol
 ) -> None:
     assert run(judge(), mail(tmp_path, "a.eml", b"Subject: defer\n\n"), "--json") == 75
     (document,) = documents(capsys)
-    assert (document["verdict"], document["decided_at"], document["exit_code"]) == ("deferred", "header", 75)
+    assert (document["verdict"], document["decided_at"], document["exit_code"]) == ("deferred", "eoh", 75)
     assert document["reply"] == ["451 4.7.1 later"]
     assert document["delivered"] is None
     assert document["diff"] == []

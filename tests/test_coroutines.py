@@ -37,7 +37,7 @@ from milter.loop import EventLoop
 from milter.testing import AddHeader, Client, Verdict
 from tests.conftest import Serve, begin_message, collect, send_content, send_message
 from tests.filter_process import RunFilter, running_filters
-from tests.test_errors import REPLYING_STAGES, drive, last
+from tests.test_errors import REPLYING_STAGES, answered_at, drive, last
 
 LIMIT = 30.0
 """Seconds after which something hangs."""
@@ -94,7 +94,7 @@ def test_a_coroutine_decides_at_each_stage(serve: Serve, stage: str) -> None:
     getattr(app, f"on_{stage}")(refuse)
     client = serve(app).client()
     client.negotiate()
-    assert last(drive(client)) == (stage, Verdict.REJECT)
+    assert last(drive(client)) == (answered_at(stage), Verdict.REJECT)
     expected: dict[str, tuple[Any, ...]] = {
         "helo": ("client.example",),
         "mail": ("ann", {}),

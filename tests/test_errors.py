@@ -46,6 +46,11 @@ def drive(client: Client) -> dict[str, Answer | None]:
     return answers
 
 
+def answered_at(stage: str) -> str:
+    """Header fields are answered together, at their end."""
+    return "eoh" if stage == "header" else stage
+
+
 def last(answers: dict[str, Answer | None]) -> tuple[str, Verdict]:
     stage, answer = list(answers.items())[-1]
     assert answer is not None
@@ -60,7 +65,7 @@ def test_a_handler_that_raises_is_answered_with_tempfail_and_logged(
     getattr(app, f"on_{stage}")(broken)
     client = serve(app).client()
     client.negotiate()
-    assert last(drive(client)) == (stage, Verdict.TEMPFAIL)
+    assert last(drive(client)) == (answered_at(stage), Verdict.TEMPFAIL)
     (record,) = caplog.records
     assert f"broken failed in on_{stage}" in record.getMessage()
     assert "RuntimeError: broken handler" in caplog.text
@@ -254,7 +259,7 @@ def test_the_policy_decides_what_the_mta_is_told(
     getattr(app, f"on_{stage}")(broken)
     client = serve(app).client()
     client.negotiate()
-    assert last(drive(client)) == (stage, verdict)
+    assert last(drive(client)) == (answered_at(stage), verdict)
 
 
 def test_the_policy_to_go_on_lets_the_message_pass_as_was_asked_for(serve: Serve) -> None:
@@ -396,7 +401,7 @@ def test_a_reply_at_each_stage(serve: Serve, stage: str, reply: Reply) -> None:
     getattr(app, f"on_{stage}")(lambda *arguments: reply)
     client = serve(app).client()
     client.negotiate()
-    answer = drive(client)[stage]
+    answer = drive(client)[answered_at(stage)]
     assert answer is not None
     assert (answer.verdict, answer.code, answer.lines) == (Verdict.REPLY, reply.code, reply.lines)
 
@@ -408,13 +413,13 @@ def test_a_failure_of_the_engine_is_a_temporary_failure_of_the_message(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = Milter("test")
-    app.on_header(lambda ctx, name, value: Status.CONTINUE)
+    app.on_eoh(lambda ctx: Status.CONTINUE)
     client = serve(app).greeted()
     send_message(client)  # so that the engine has heard of client and HELO
     begin_message(client)
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "enter", broken)
-        answer = client.header("Subject", "test")
+        answer = client.eoh()
         assert answer is not None
         assert answer.verdict is Verdict.TEMPFAIL
     assert "the engine failed" in caplog.text

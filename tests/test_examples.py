@@ -88,7 +88,7 @@ def test_guard_takes_mail_for_the_inside_from_who_has_logged_in(milter_mta: MTAF
 def test_guard_refuses_a_subject(milter_mta: MTAFactory, like: str) -> None:
     result = milter_mta(app_of("guard"), like=like).send(message="Subject: forbidden\n\n")
     assert (result.stage, result.reply) == (
-        "header",
+        "eoh",
         "554-5.7.1 this subject is forbidden\n554 5.7.1 choose another one",
     )
 

@@ -166,7 +166,7 @@ def test_a_packet_over_the_limit_of_the_data_size_ends_the_connection(peer: Peer
     client.mail("<ann>")
     client.rcpt("<bob>")
     with pytest.raises(WireError):
-        client.header("X", "v" * 70000)
+        client.body(b"v" * 70000)
     assert is_well(peer)
 
 
@@ -198,11 +198,11 @@ def test_an_mta_that_goes_on_after_the_verdict_gets_the_verdict_again(serve: Ser
         stages.append("rcpt")
         return Status.DISCARD
 
-    app.on_header(lambda ctx, name, value: stages.append("header"))
+    app.on_eoh(lambda ctx: stages.append("eoh"))
     app.on_eom(lambda ctx: stages.append("eom"))
     client = serve(app).greeted()
     client.mail("<ann>")
-    answers = [client.rcpt("<bob>"), client.rcpt("<carl>"), client.header("Subject", "x")]
+    answers = [client.rcpt("<bob>"), client.rcpt("<carl>"), client.eoh()]
     assert [answer and answer.verdict for answer in answers] == [Verdict.DISCARD] * 3
     assert stages == ["rcpt"]
 

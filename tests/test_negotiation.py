@@ -18,6 +18,7 @@ from milter import (
     Stage,
     Status,
 )
+from milter.app import HeaderReplies
 from milter.testing import Client, PeerClosed, Verdict
 from tests.conftest import Serve, begin_message, send_content, send_message
 
@@ -280,8 +281,9 @@ def test_skip_where_the_mta_did_not_grant_it_is_continue_and_the_handler_rests(s
     assert calls == [b"1"]
 
 
-def test_skip_of_a_header_is_never_told_and_lasts_for_the_message(serve: Serve) -> None:
-    app = Milter("test")
+@pytest.mark.parametrize("replies", ["together", "each"])
+def test_skip_of_a_header_is_never_told_and_lasts_for_the_message(serve: Serve, replies: HeaderReplies) -> None:
+    app = Milter("test", header_replies=replies)
     names: list[str] = []
 
     @app.on_header
@@ -294,8 +296,7 @@ def test_skip_of_a_header_is_never_told_and_lasts_for_the_message(serve: Serve) 
         begin_message(client)
         for name in ("A", "B"):
             answer = client.header(name, "x")
-            assert answer is not None
-            assert answer.verdict is Verdict.CONTINUE
+            assert answer is None if replies == "together" else answer and answer.verdict is Verdict.CONTINUE
         client.eoh()
         client.end_of_message()
     assert names == ["A", "A"]

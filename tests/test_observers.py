@@ -72,7 +72,7 @@ def test_observed_events_come_in_order_with_the_end_of_the_message(serve: Serve)
 
 @pytest.mark.parametrize("stage", ["helo", "mail", "data", "header", "eoh", "body"])
 def test_a_stage_that_replies_brings_all_that_waited_before_it_first(serve: Serve, stage: str) -> None:
-    app = Milter("test")
+    app = Milter("test", header_replies="each")
     events = observer(app, *(observed for observed in OBSERVED if observed != stage))
     replier(app, stage, events)
     client = serve(app).client()

@@ -216,13 +216,22 @@ def test_a_filter_without_handlers_declines_the_content_and_replies_to_nothing_b
 @pytest.mark.parametrize("stage", [stage for stage in HANDLED_STAGES if stage.value <= Stage.BODY.value])
 def test_a_stage_replies_only_when_a_handler_may(stage: Stage) -> None:
     silent = ProtocolOptions[f"NOREPLY_{stage.name}"]
-    observing, replying = Milter("observing"), Milter("replying")
+    observing, replying = Milter("observing"), Milter("replying", header_replies="each")
     getattr(observing, stage.decorator)(observe_anything)
     getattr(replying, stage.decorator)(observe_anything)
     getattr(replying, stage.decorator)(accept_anything)
     assert silent in make_plan(observing).options
     assert silent not in make_plan(replying).options
     assert ProtocolOptions[f"NO_{stage.name}"] not in make_plan(observing).options
+
+
+def test_header_fields_are_answered_at_their_end() -> None:
+    app = Milter("test")
+    app.on_header(accept_anything)
+    options = make_plan(app).options
+    assert ProtocolOptions.NOREPLY_HEADER in options
+    assert ProtocolOptions.NOREPLY_EOH not in options
+    assert ProtocolOptions.NO_EOH not in options
 
 
 def test_the_end_of_header_is_declined_only_together_with_the_header() -> None:

@@ -451,7 +451,8 @@ def test_larger_packets_are_taken_on_demand(run_filter: RunFilter) -> None:
     client.mail("<ann>")
     client.rcpt("<bob>")
     client.data()
-    answer = client.header("X-Long", "x" * 200_000)
+    assert client.header("X-Long", "x" * 200_000) is None
+    answer = client.eoh()
     assert answer is not None
     assert answer.verdict is Verdict.CONTINUE
     assert process.stdout.wait_for("2") == "200000"

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The filter with this library, replying at each stage: ``milter_replying.py SOCKET``."""
+"""The filter with this library, replying at each stage: ``milter_replying.py [each] SOCKET``.
+
+``each``: to each header field by itself, and not to all of them at the end of the header.
+"""
 
 import sys
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ class Count:
     size: int = 0
 
 
-app = Milter("benchmark", transaction=Count)
+app = Milter("benchmark", transaction=Count, header_replies="each" if "each" in sys.argv else "together")
 
 
 @app.on_connect
@@ -64,4 +67,4 @@ def eom(ctx: EomContext[object, Count]) -> Status:
 
 
 if __name__ == "__main__":
-    app.run(sys.argv[1])
+    app.run(sys.argv[-1])

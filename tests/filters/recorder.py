@@ -28,7 +28,7 @@ numbers = {name: int(number) for name, _, number in (argument.partition("=") for
 descriptors = numbers.pop("descriptors", 0)
 options: StartOptions = numbers  # type: ignore[assignment]
 
-app = Milter("recorder")
+app = Milter("recorder", header_replies="each")
 one_at_a_time = threading.Lock()
 closed = itertools.count(1)
 meetings: dict[int, threading.Barrier] = {}

@@ -40,7 +40,12 @@ class Kind(Enum):
         """What the library asks for, from the handlers that there are."""
         if self is Kind.OBSERVING:
             return _ALL_SILENCES & ~Steps.NOREPLY_UNKNOWN
-        return Steps.LEADING_SPACE
+        return Steps.LEADING_SPACE | (Steps.NOREPLY_HEADER if self.answers_together else 0)
+
+    @property
+    def answers_together(self) -> bool:
+        """What is ordered at a header field is answered at the end of the header."""
+        return self is Kind.REPLYING
 
 
 # ---- What is expected
@@ -132,6 +137,7 @@ class _Session:
         self.decision = "t"
         """What a command of a message gets, where there is none."""
         self._owed: dict[str, bool] = {}
+        self._verdict_on_header = ""
 
     def silent(self, stage: str) -> bool:
         return bool(self.steps & _silence(stage))
@@ -185,7 +191,7 @@ class _Session:
             return self.decision, _nothing
         texts = [message.sender, *(part for entry in message.fields for part in entry), message.body]
         order = _order("eom", *texts)
-        answer = "t" if self._owed else self._at_the_end(message, order)
+        answer = "t" if self._owed else self._verdict_on_header or self._at_the_end(message, order)
         if self.failed and answer not in ("r", "5", "t", "4"):
             answer = "t"
         changes: Callable[[Sequence[Packet]], str] = lambda packets: ""  # noqa: E731
@@ -223,9 +229,17 @@ class _Session:
             return "c"
         if self._owed:
             return "t"
+        if self._verdict_on_header:
+            return self._verdict_on_header
         if self.message is not None and stage in self.message.skipped:
             return "c"
-        return _verdict(stage, order)
+        answer = _verdict(stage, order)
+        if stage == "header" and self.kind.answers_together:
+            if answer == "s":
+                self._skip(stage)
+            elif answer != "c" and self.message is not None:
+                self._verdict_on_header = answer
+        return answer
 
     def _owe(self, stage: str) -> None:
         if stage in ("connect", "helo"):
@@ -248,6 +262,7 @@ class _Session:
 
     def _forget_message(self) -> None:
         self.message = None
+        self._verdict_on_header = ""
         self._owed.pop("message", None)
 
     # -- the end

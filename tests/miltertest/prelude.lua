@@ -248,6 +248,11 @@ function Connection:up_to(stage, client)
   error("no stage is called " .. stage, 2)
 end
 
+-- Where a filter answers what its handlers of that stage say: header fields together, at their end.
+function answered_at(stage)
+  return stage == "header" and "eoh" or stage
+end
+
 -- Does an MTA send this stage? Not all of them are wanted; and few clients send unknown commands.
 function Connection:sends(stage)
   local declined = { data = SMFIP_NODATA, header = SMFIP_NOHDRS, eoh = SMFIP_NOEOH, body = SMFIP_NOBODY }

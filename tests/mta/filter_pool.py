@@ -78,7 +78,7 @@ class FilterPool:
     def _get(self, place: int, wanted: Filter) -> Running:
         key = (place, wanted.command)
         if key not in self._running:
-            orders = self._directory / f"orders{len(self._running)}"
+            orders = self._directory / f"{self._name(*key)}.orders"
             orders.write_text("[]")
             script, *stages = wanted.command.split()
             socket = self._socket(place, wanted.command)
@@ -89,4 +89,7 @@ class FilterPool:
         return running
 
     def _socket(self, place: int, command: str) -> str:
-        return f"unix:{self._directory}/{place}-{command.replace(' ', '-')}"
+        return f"unix:{self._directory}/{self._name(place, command)}"
+
+    def _name(self, place: int, command: str) -> str:
+        return f"{place}-{command.replace(' ', '-')}"

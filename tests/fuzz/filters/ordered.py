@@ -62,7 +62,12 @@ class Client:
 
 KIND = sys.argv[2]
 app: Milter[Client, Seen] = Milter(
-    "ordered", session=Client, transaction=Seen, spool_size=2000, progress=0.002 if KIND == "coroutines" else 30.0
+    "ordered",
+    session=Client,
+    transaction=Seen,
+    spool_size=2000,
+    header_replies="each" if KIND == "coroutines" else "together",
+    progress=0.002 if KIND == "coroutines" else 30.0,
 )
 
 _ORDER = re.compile(r"=(\w+)\.(\w+)=", re.ASCII)

@@ -1,6 +1,6 @@
 -- SPDX-License-Identifier: GPL-3.0-or-later
 -- What the filter asks of the MTA follows from its handlers: not to send what nobody wants to hear, and not to wait
--- where nobody replies. Client and envelope are always wanted, since the library remembers them.
+-- where nobody replies. Header fields are answered at their end. Client and envelope are always wanted, since the library remembers them.
 
 local ALL_SILENT = "NR_CONN NR_HELO NR_MAIL NR_RCPT NR_DATA NR_HDR NR_EOH NR_BODY NR_UNKN"
 
@@ -8,8 +8,8 @@ local OPTIONS = {
   ["nothing"] = "NODATA NOHDRS NOEOH NOBODY NOUNKNOWN " .. ALL_SILENT,
   ["eom"] = "NODATA NOHDRS NOEOH NOBODY NOUNKNOWN " .. ALL_SILENT,
   ["abort and close"] = "NODATA NOHDRS NOEOH NOBODY NOUNKNOWN " .. ALL_SILENT,
-  ["every stage"] = "SKIP",
-  ["every stage, unannotated"] = "SKIP",
+  ["every stage"] = "NR_HDR SKIP",
+  ["every stage, unannotated"] = "NR_HDR SKIP",
   ["every stage, observers"] = ALL_SILENT,
   ["rcpt"] = "NODATA NOHDRS NOEOH NOBODY NOUNKNOWN " .. (ALL_SILENT:gsub("NR_RCPT ", "")),
   ["rcpt, observer and not"] = "NODATA NOHDRS NOEOH NOBODY NOUNKNOWN " .. (ALL_SILENT:gsub("NR_RCPT ", "")),
@@ -18,12 +18,12 @@ local OPTIONS = {
   ["data"] = "NOHDRS NOEOH NOBODY NOUNKNOWN " .. (ALL_SILENT:gsub("NR_DATA ", "")),
   ["eoh"] = "NODATA NOHDRS NOBODY NOUNKNOWN " .. (ALL_SILENT:gsub("NR_EOH ", "")),
   -- libmilter would drop an end of header, or a header, that it does not expect after these.
-  ["header"] = "NODATA NOBODY NOUNKNOWN " .. (ALL_SILENT:gsub("NR_HDR ", "")),
+  ["header"] = "NODATA NOBODY NOUNKNOWN " .. (ALL_SILENT:gsub("NR_EOH ", "")),
   ["unknown"] = "NOHDRS NOEOH NOBODY " .. (ALL_SILENT:gsub(" NR_UNKN", "")),
   -- A message is wanted whole and exact, whatever its other handlers can do without.
   ["message"] = "NODATA NOUNKNOWN " .. ALL_SILENT .. " HDR_LEADSPC",
   ["message, observer"] = "NODATA NOUNKNOWN " .. ALL_SILENT .. " HDR_LEADSPC",
-  ["message, and others that reply"] = "NODATA NOUNKNOWN " .. (ALL_SILENT:gsub("NR_HDR ", ""):gsub("NR_BODY ", ""))
+  ["message, and others that reply"] = "NODATA NOUNKNOWN " .. (ALL_SILENT:gsub("NR_EOH ", ""):gsub("NR_BODY ", ""))
     .. " HDR_LEADSPC",
 }
 

@@ -16,7 +16,7 @@ local TEXTS = {
 
 for name, text in pairs(TEXTS) do
   local mta = connect()
-  expect(text, mta:up_to(case, name))
+  expect(text, mta:up_to(answered_at(case), name))
   if case == "eom" and text:find("^%d%d%d %d") then
     expect(true, mt.eom_check(mta.handle, MT_SMTPREPLY, text:match("^(%S+) (%S+) (.*)")))
   end

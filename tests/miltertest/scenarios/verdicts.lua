@@ -21,11 +21,11 @@ end
 
 for _, verdict in ipairs(VERDICTS[case]) do
   local mta = connect()
-  expect(answer_of(verdict), mta:up_to(case, verdict))
+  expect(answer_of(verdict), mta:up_to(answered_at(case), verdict))
   if case ~= "connect" and case ~= "helo" then
     -- The MTA gives up the message; the next one on the same connection meets the same verdict.
     mta:abort()
-    expect(answer_of(verdict), mta:up_to(case))
+    expect(answer_of(verdict), mta:up_to(answered_at(case)))
     mta:abort()
   end
   mta:disconnect()

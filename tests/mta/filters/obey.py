@@ -4,7 +4,7 @@
     python tests/mta/filters/obey.py SOCKET ORDERS [STAGE...]
 
 Without stages it handles all of them but ``message``. The word ``+refused`` asks for the recipients that the server
-itself refuses. The orders are read anew for each connection: a JSON array
+itself refuses, ``+each`` for a reply to each header field. The orders are read anew for each connection: a JSON array
 of ``[stage, argument, order]``. An order is a line of Python, run when the stage is called, with the names of
 `_names`; where it is an expression, its value is the verdict if it is one. An order with an argument is run only
 if that is the stage's first argument, or the sender. Each line of output is a JSON array: connection, stage, text.
@@ -36,7 +36,11 @@ ARGUMENTS = {
 
 Order = tuple[str, str, str]
 
-app = Milter("obey", rejected_recipients="+refused" in sys.argv)
+app = Milter(
+    "obey",
+    rejected_recipients="+refused" in sys.argv,
+    header_replies="each" if "+each" in sys.argv else "together",
+)
 orders_of: dict[int, list[Order]] = {}
 
 
@@ -123,6 +127,6 @@ def begin(ctx: NegotiateContext) -> None:
 
 if __name__ == "__main__":
     socket, _, *stages = sys.argv[1:]
-    for stage in [stage for stage in stages if stage != "+refused"] or STAGES:
+    for stage in [stage for stage in stages if not stage.startswith("+")] or STAGES:
         getattr(app, f"on_{stage}")(handler(stage))
     app.run(socket)
