@@ -464,8 +464,9 @@ class Engine:
 
     def _awaited(self, handler: Handler, answer: Any, stage: Stage, scope: Scope, call: Call) -> Any:
         """What the coroutine gives. It is cancelled when the MTA is gone, if the MTA was waiting for that."""
-        silent = self._steps[stage].silent
-        return self._loop.answer(answer, handler.name, scope, _never if silent else call.mta_is_gone)
+        step = self._steps[stage]
+        waited_for = not step.silent or step.answered_later
+        return self._loop.answer(answer, handler.name, scope, call.mta_is_gone if waited_for else _never)
 
     def _checked(self, handler: Handler, verdict: Verdict, stage: Stage) -> Decision:
         """The verdict, if it is one that means something here. A child that the handler has forked ends."""

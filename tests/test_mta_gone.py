@@ -48,6 +48,8 @@ def send_up_to(client: Client, stage: str) -> None:
         before[name]()
     command = COMMANDS[stage]
     client.send(command[:1], command[1:])
+    if stage == "header":  # which is answered at its end
+        client.send(b"N")
 
 
 class Waits:
