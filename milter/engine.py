@@ -23,7 +23,6 @@ there will be none any more.
 """
 
 import itertools
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -39,9 +38,10 @@ from milter.message import Message, freeze
 from milter.plan import Plan, make_plan
 from milter.progress import Progress
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, known_actions, known_options
+from milter.safe_log import SafeLog
 from milter.verdict import MEANINGFUL, Reply, Status, Verdict
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 Decision: TypeAlias = Status | Reply
 

@@ -11,7 +11,9 @@ import select
 import threading
 from collections import deque
 
-log = logging.getLogger("milter.libmilter")
+from milter.safe_log import SafeLog
+
+log = SafeLog("milter.libmilter")
 
 _LEVELS = (
     logging.CRITICAL,  # LOG_EMERG

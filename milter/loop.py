@@ -24,16 +24,16 @@ The invariants:
 
 import asyncio
 import contextlib
-import logging
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
 from milter.coroutines import NoEventLoop, discard, is_coroutine_function
+from milter.safe_log import SafeLog
 
 __all__ = ["EventLoop"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 _GRACE = 1.0  # seconds that a coroutine gets to end once it was cancelled
 _LAST_WAIT = 5.0  # seconds that background tasks of the filter get to end

@@ -7,7 +7,6 @@ that is wanted; only then is code of the filter run. The order of an end is the 
 
 import contextlib
 import functools
-import logging
 import os
 import socket as sockets
 import threading
@@ -20,15 +19,17 @@ from milter.errors import MilterError
 from milter.listener import Listener, SharedListener, open_listener
 from milter.loading import load
 from milter.options import RunOptions, run_options, those_of_start
+from milter.outlets import tolerant_streams
 from milter.pidfile import pidfile
 from milter.privileges import Identity, identity
+from milter.safe_log import SafeLog
 from milter.server import Server
 from milter.signals import Bell
 from milter.supervisor import Supervisor
 
 __all__ = ["run", "run_by_name"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 
 def run(app: Milter[Any, Any], socket: str | None, **given: Unpack[RunOptions]) -> None:
@@ -41,11 +42,12 @@ def run(app: Milter[Any, Any], socket: str | None, **given: Unpack[RunOptions]) 
             raise MilterError(
                 "run(workers=…) forks, and other threads do not survive that: start them in on_start, in each worker"
             )
-        code = _supervise(lambda: app, app.name, socket, options)
+        with tolerant_streams():
+            code = _supervise(lambda: app, app.name, socket, options)
         if code:
             raise SystemExit(code)
         return
-    with _prepared(socket, options) as (listener, user):
+    with tolerant_streams(), _prepared(socket, options) as (listener, user):
         if user is not None:
             user.take_on()
         _serve(app, listener, options)

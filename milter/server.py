@@ -31,11 +31,12 @@ from milter.libmilter import libmilter
 from milter.listener import Listener, open_listener
 from milter.metrics import Exporter, open_exporter
 from milter.options import StartOptions, start_options
+from milter.safe_log import SafeLog
 from milter.signals import Bell
 
 __all__ = ["Server"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 _STEP = 0.02  # seconds between two looks at the connections while draining
 _LOOKS = 2  # that find none

@@ -7,20 +7,20 @@ supervisor can end the draining: a service manager signals all processes of a se
 
 import atexit
 import contextlib
-import logging
 import socket
 import sys
 import threading
 from collections.abc import Callable
 
 from milter.errors import HandlerError, MilterError
+from milter.safe_log import SafeLog
 from milter.server import Server
 from milter.signals import Bell
 from milter.supervisor import DONE, DRAIN, END, EXIT_FAILED, EXIT_NOT_STARTED, FAILED, READY
 
 __all__ = ["work"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 
 def work(make: Callable[[Bell], Server], control: socket.socket) -> int:
