@@ -15,9 +15,10 @@ from typing import Any, Unpack
 
 from milter import logs, metrics
 from milter.app import Milter
+from milter.ending import tell_threads
 from milter.errors import MilterError
 from milter.listener import Listener, SharedListener, open_listener
-from milter.loading import load
+from milter.loading import Place, load
 from milter.options import RunOptions, run_options, those_of_start
 from milter.outlets import tolerant_streams
 from milter.pidfile import pidfile
@@ -55,7 +56,12 @@ def run(app: Milter[Any, Any], socket: str | None, **given: Unpack[RunOptions]) 
 
 def run_by_name(name: str, socket: str | None, options: RunOptions) -> int:
     """Serve the filter of this name (``module:app``), with a supervisor in any case; returns the exit code."""
-    return _supervise(functools.partial(load, name), name, socket, run_options(options))
+    return _supervise(functools.partial(_load, Place(), name), name, socket, run_options(options))
+
+
+def _load(place: Place, name: str) -> Milter[Any, Any]:
+    place.enter()
+    return load(name)
 
 
 def _serve(app: Milter[Any, Any], listener: Listener, options: RunOptions) -> None:
@@ -66,6 +72,7 @@ def _serve(app: Milter[Any, Any], listener: Listener, options: RunOptions) -> No
             server.wait()
         finally:
             server.stop()
+            tell_threads()
 
 
 @contextlib.contextmanager
@@ -140,4 +147,4 @@ def _work(get: Any, listener: Listener, user: Identity | None, options: RunOptio
             user.take_on()
         return Server(get(), SharedListener.of(listener), bell, **those_of_start(options))
 
-    return work(make, control)
+    return work(make, control, options["grace"])
