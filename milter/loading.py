@@ -22,6 +22,7 @@ from typing import Any
 
 from milter.app import Milter
 from milter.errors import MilterError
+from milter.green import refuse_green_threads
 
 __all__ = ["LoadError", "Place", "load"]
 
@@ -37,7 +38,7 @@ class Place:
         try:
             self._real = os.getcwd()
         except OSError as failure:
-            raise LoadError(f"the working directory is gone ({failure.strerror}): start the filter in another") from None
+            raise LoadError(f"the working directory is gone: {failure.strerror}; start the filter in another") from None
         named = os.environ.get("PWD", "")
         self.path = named if os.path.isabs(named) and _is_same(named, self._real) else self._real
 
@@ -145,6 +146,7 @@ def _imported(name: str) -> Any:
     except (KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as failure:  # SystemExit as well: a module that ends the process at its import
+        refuse_green_threads()  # which may be why
         raise _load_error(name, failure) from failure.with_traceback(_users_part(failure.__traceback__))
 
 

@@ -17,6 +17,7 @@ from milter import logs, metrics
 from milter.app import Milter
 from milter.ending import tell_threads
 from milter.errors import MilterError
+from milter.green import refuse_green_threads
 from milter.listener import Listener, SharedListener, open_listener
 from milter.loading import Place, load
 from milter.options import RunOptions, run_options, those_of_start
@@ -35,6 +36,7 @@ log = SafeLog("milter")
 
 def run(app: Milter[Any, Any], socket: str | None, **given: Unpack[RunOptions]) -> None:
     """Serve until a signal or :meth:`Milter.stop <milter.Milter.stop>`; see :meth:`Milter.run <milter.Milter.run>`."""
+    refuse_green_threads()
     options = run_options(given)
     if threading.current_thread() is not threading.main_thread():
         raise MilterError("run() belongs into the main thread, which gets the signals; use start() elsewhere")

@@ -26,6 +26,7 @@ from milter.binding import Run
 from milter.coroutines import NoEventLoop, event_loop_for
 from milter.engine import Engine
 from milter.errors import HandlerError, MilterError
+from milter.green import refuse_green_threads
 from milter.ledger import Ledger, open_books
 from milter.libmilter import libmilter
 from milter.listener import Listener, open_listener
@@ -99,6 +100,7 @@ class Server:
         return self
 
     def _start(self) -> None:
+        refuse_green_threads()
         options = self._options
         listener = self._socket if isinstance(self._socket, Listener) else _open(self._socket, options)
         try:
