@@ -192,7 +192,9 @@ def _write_where_is_room(descriptor: int, data: memoryview) -> int:
 
 
 def patient_stream(stream: TextIO, name: str, lose: Callable[[OSError], None] | None = None) -> TextIO:
-    """A stream to the same descriptor; `stream` itself if it has none. What cannot be encoded is escaped."""
+    """A stream to the same descriptor, which escapes what cannot be encoded; `stream` itself if that has none."""
+    if isinstance(getattr(getattr(stream, "buffer", None), "raw", None), _Raw):
+        return stream
     try:
         descriptor = stream.fileno()
     except (AttributeError, OSError, ValueError):  # none at all, a test's own stream, a closed one

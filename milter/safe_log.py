@@ -14,11 +14,12 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["SafeLog"]
+__all__ = ["SafeLog", "enable_loggers"]
 
 _BEHIND_US = 3
 """Frames between the line that logs and the logger: a formatter names that line."""
 
+_loggers: set[logging.Logger] = set()
 _told: set[type[Exception]] = set()
 _telling = threading.Lock()
 
@@ -28,6 +29,7 @@ class SafeLog:
 
     def __init__(self, name: str) -> None:
         self.logger = logging.getLogger(name)
+        _loggers.add(self.logger)
 
     def is_enabled_for(self, level: int) -> bool:
         return self.logger.isEnabledFor(level)
@@ -65,6 +67,13 @@ class SafeLog:
             self.logger.log(level, message, *arguments, exc_info=exc_info, extra=extra, stacklevel=_BEHIND_US)
         except Exception as failure:
             _tell(failure)
+
+
+def enable_loggers() -> None:
+    """When a filter starts: ``dictConfig`` and ``fileConfig`` disable all loggers that exist, if they are not told not
+    to. A filter that configures its own log does not mean the access log, nor what is said of its errors."""
+    for logger in _loggers:
+        logger.disabled = False
 
 
 def _tell(failure: Exception) -> None:

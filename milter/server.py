@@ -32,7 +32,7 @@ from milter.libmilter import libmilter
 from milter.listener import Listener, open_listener
 from milter.metrics import Exporter, open_exporter
 from milter.options import StartOptions, start_options
-from milter.safe_log import SafeLog
+from milter.safe_log import SafeLog, enable_loggers
 from milter.signals import Bell
 
 __all__ = ["Server"]
@@ -101,6 +101,7 @@ class Server:
 
     def _start(self) -> None:
         refuse_green_threads()
+        enable_loggers()
         options = self._options
         listener = self._socket if isinstance(self._socket, Listener) else _open(self._socket, options)
         try:
