@@ -41,9 +41,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from milter.safe_log import SafeLog
+
 __all__ = ["line", "log", "write"]
 
-log = logging.getLogger("milter.access")
+log = SafeLog("milter.access")
 
 # Neither space nor quote, comma, equals sign or backslash. A bare minus means that there is nothing.
 _WORD = re.compile(r"(?!-\Z)[!#-+\--<>-\[\]-~]+")
@@ -53,7 +55,7 @@ _SHORT = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 def write(fields: Mapping[str, Any]) -> None:
     """Log the record of a message."""
-    if log.isEnabledFor(logging.INFO):
+    if log.is_enabled_for(logging.INFO):
         log.info("%s", line(fields), extra={"milter": fields})
 
 

@@ -27,7 +27,6 @@ The invariants, with and without the GIL:
 
 import errno
 import itertools
-import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -42,9 +41,10 @@ from milter.errors import ActionError, ContextError
 from milter.gil import gil_is_on
 from milter.plan import Plan
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, known_actions, known_options
+from milter.safe_log import SafeLog
 from milter.verdict import Reply
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 _ANSWERED = int(lib.MILTER_ANSWERED)
 _OWED = int(lib.MILTER_OWED)

@@ -10,7 +10,6 @@ there are as many threads as there may be, or as the system allows. So a thread 
 queue is empty.
 """
 
-import logging
 import threading
 import time
 from collections import deque
@@ -19,9 +18,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
+from milter.safe_log import SafeLog
+
 __all__ = ["BlockingCalls"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 _MOST = 512  # threads
 _IDLE = 30.0  # seconds that a thread waits for another call

@@ -9,16 +9,30 @@ from collections.abc import Sequence
 from milter import checker, inspector, run_command
 from milter._version import VERSION
 from milter.gil import python_version
+from milter.outlets import end_without_reader, reader_is_gone
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code. Wrong arguments exit with 2, as argparse does."""
-    parsed = _parser().parse_args(arguments)
-    if parsed.run is not run_command.main:  # which has options for that
-        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    run = parsed.run
-    code: int = run(parsed)
-    return code
+    try:
+        return _run(arguments)
+    except BrokenPipeError:
+        if not reader_is_gone(sys.stdout):  # it was another pipe
+            raise
+        return end_without_reader()
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        parsed = _parser().parse_args(arguments)
+        if parsed.run is not run_command.main:  # which has options for that
+            logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+        run = parsed.run
+        code: int = run(parsed)
+        return code
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a reader that has gone is noticed
 
 
 def _parser() -> argparse.ArgumentParser:

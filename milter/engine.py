@@ -23,7 +23,6 @@ there will be none any more.
 """
 
 import itertools
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import monotonic
@@ -51,10 +50,11 @@ from milter.ledger import Ledger
 from milter.message import Message, freeze
 from milter.plan import Plan, make_plan
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, known_actions, known_options
+from milter.safe_log import SafeLog
 from milter.verdict import MEANINGFUL, Reply, Status, Verdict
 from milter.watch import Watch
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 Decision: TypeAlias = Status | Reply
 

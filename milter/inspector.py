@@ -6,6 +6,7 @@ A filter like any other, on the public API: it accepts everything and changes no
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ from milter.app import Milter
 from milter.context import Context, EomContext, NegotiateContext
 from milter.envelope import ClientAddress, Params
 from milter.errors import MilterError
+from milter.outlets import end_without_reader, patient_stream, reader_is_gone
 from milter.printable import printable
 from milter.protocol import Stage
 from milter.verdict import Status
@@ -54,8 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run until a signal comes. Exit code 0, or 1 when the filter could not run."""
-    app = make_inspector(_printer(arguments, sys.stdout))
+    """Run until a signal comes, or nothing reads the output any more. Exit code 0, or 1 when it could not run."""
+    output = patient_stream(sys.stdout, "standard output", lambda failure: lose(failure))
+    app = make_inspector(_printer(arguments, output))
+
+    def lose(failure: OSError) -> None:
+        """The mail has nothing to do with that: it is accepted as before, until the end."""
+        if isinstance(failure, BrokenPipeError):
+            app.stop()
+        else:
+            _tell(f"milter inspect: lines are lost, since they cannot be written: {failure.strerror}")
+
     app.on_start(lambda: _tell(f"inspecting on {arguments.socket}; Ctrl-C ends"))
     app.on_stop(lambda: _tell("inspector ended"))
     try:
@@ -63,11 +74,12 @@ def main(arguments: argparse.Namespace) -> int:
     except MilterError as failure:
         _tell(f"milter inspect: {failure}")
         return 1
-    return 0
+    return end_without_reader() if reader_is_gone(sys.stdout) else 0
 
 
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # that reader is gone, too
+        print(text, file=sys.stderr, flush=True)
 
 
 def make_inspector(show: Show) -> Milter:

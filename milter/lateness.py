@@ -6,15 +6,15 @@ not tell it why. Without these lines nothing would name the handler.
 """
 
 import contextlib
-import logging
 from time import monotonic
 
 from milter.context import Call, Conversation
 from milter.protocol import Stage
+from milter.safe_log import SafeLog
 
 __all__ = ["client_and_message", "tell_end", "tell_late"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 _CONTENT = frozenset((Stage.HEADER, Stage.EOH, Stage.BODY))
 

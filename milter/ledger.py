@@ -40,6 +40,7 @@ from milter.context import Call, Conversation, Scope, Transaction
 from milter.envelope import InetAddress
 from milter.errors import MilterError
 from milter.protocol import Stage
+from milter.safe_log import SafeLog
 from milter.verdict import Reply, Status
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Ledger", "open_books"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 _Decision: TypeAlias = Status | Reply
 _Reader: TypeAlias = Callable[[Any, Iterator[str], Any, Call], _Decision]
@@ -97,8 +98,8 @@ def open_books(access_log: bool, metrics: "Collector | None") -> "Ledger | None"
     """The ledger that an engine is to keep; None: nobody wants to know."""
     if not access_log and metrics is None:
         return None
-    if access_log and access.log.level == logging.NOTSET:
-        access.log.setLevel(logging.INFO)  # who asks for it wants to see it, whatever else is shown
+    if access_log and access.log.logger.level == logging.NOTSET:
+        access.log.logger.setLevel(logging.INFO)  # who asks for it wants to see it, whatever else is shown
     return Ledger(access.write if access_log else None, metrics)
 
 
@@ -140,6 +141,7 @@ class Ledger:
     def __init__(self, write: Callable[[dict[str, Any]], None] | None, metrics: "Collector | None") -> None:
         self._write = write
         self.metrics = metrics
+        self._metrics_failed = False
         self._accounts: dict[int, _Account] = {}
         # Handlers that raised outside a message: its refusal, or that of its messages, comes of it.
         self._raised: dict[int, list[str]] = {}
@@ -179,7 +181,7 @@ class Ledger:
         raised = account.raised if account is not None else self._raised.setdefault(connection.id, [])
         raised.append(handler)
         if self.metrics is not None:
-            self.metrics.raised(stage)
+            self._count(self.metrics.raised, stage)
 
     def left(self, connection: Conversation) -> None:
         """By the engine: nobody listens to this connection any more, whatever becomes of its message."""
@@ -272,7 +274,7 @@ class Ledger:
         if account is not None:
             account.handlers += nanoseconds
         if self.metrics is not None:
-            self.metrics.took(stage, nanoseconds / 1e9)
+            self._count(self.metrics.took, stage, nanoseconds / 1e9)
 
     def _end(self, account: _Account, stage: Stage, decision: _Decision, connection: Conversation, call: Call) -> None:
         del self._accounts[connection.id]
@@ -293,7 +295,7 @@ class Ledger:
         call: Call | None = None,
     ) -> None:
         if self.metrics is not None:
-            self.metrics.decided(verdict)
+            self._count(self.metrics.decided, verdict)
         if self._write is None:
             return
         recipients = account.transaction.recipients if account.transaction is not None else []
@@ -322,7 +324,7 @@ class Ledger:
         """The connection, before there was a message."""
         verdict = _VERDICTS[_status(decision)]
         if self.metrics is not None:
-            self.metrics.refused(verdict)
+            self._count(self.metrics.refused, verdict)
         if self._write is not None:
             failed = self._raised.get(connection.id, ())
             record = _record(connection, verdict, stage, decision, failed=failed, handlers=nanoseconds)
@@ -337,6 +339,15 @@ class Ledger:
         if not self._shows_body or account.cut:
             return None
         return account.shown + (len("\r\n") if self._shows_header else 0)
+
+    def _count(self, note: Callable[..., None], *arguments: Any) -> None:
+        """Figures that fail fail no message. Told once: it may be so with each message."""
+        try:
+            note(*arguments)
+        except Exception:
+            if not self._metrics_failed:
+                self._metrics_failed = True
+                log.exception("the metrics failed, and are wrong from now on; mail is served as before")
 
     def _enter(self, record: dict[str, Any], scope: Scope) -> None:
         """With the context variables that handlers have set. A log that fails fails no message."""

@@ -15,7 +15,6 @@ library opens the socket itself, since libmilter would tell of errors in the sys
 
 import errno
 import grp
-import logging
 import os
 import socket
 import stat
@@ -25,10 +24,11 @@ from typing import Any
 
 from milter.descriptors import duplicate, sockets
 from milter.errors import SocketError
+from milter.safe_log import SafeLog
 
 __all__ = ["Listener", "connect", "open_listener", "parse"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 _LONGEST_PATH = 107  # bytes of sockaddr_un.sun_path, without the final NUL
 _FIRST_PASSED = 3  # sd_listen_fds(3)

@@ -12,8 +12,9 @@ import threading
 from collections import deque
 
 from milter import children
+from milter.safe_log import SafeLog
 
-log = logging.getLogger("milter.libmilter")
+log = SafeLog("milter.libmilter")
 
 _LEVELS = (
     logging.CRITICAL,  # LOG_EMERG

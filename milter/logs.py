@@ -16,6 +16,7 @@ To syslog goes the same, facility ``mail``, without what syslog says itself: tim
 is systemd's journal, text has the form that the journal takes level and process from (sd-daemon(3)).
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -29,6 +30,7 @@ from logging.handlers import SYSLOG_UDP_PORT, SysLogHandler
 from typing import Any, Literal
 
 from milter.errors import MilterError
+from milter.outlets import Outlet, patient_stream
 from milter.printable import printable
 
 __all__ = ["JournalFormatter", "JsonFormatter", "SyslogFormatter", "TextFormatter", "configure"]
@@ -54,7 +56,7 @@ def configure(level: str | int = "info", format: Literal["text", "json"] = "text
     number = _level(level)
     if format not in ("text", "json"):
         raise ValueError(f"a log is of the format text or json, not {format!r}")
-    handler: logging.Handler = logging.StreamHandler(sys.stderr) if syslog is None else _syslog_handler(syslog)
+    handler: logging.Handler = _stream_handler() if syslog is None else _syslog_handler(syslog)
     if format == "text":
         handler.setFormatter(_text_formatter(syslog))
     else:
@@ -66,6 +68,10 @@ def configure(level: str | int = "info", format: Literal["text", "json"] = "text
         root.removeHandler(_installed)
         _installed.close()
     _installed = handler
+
+
+def _stream_handler() -> logging.Handler:
+    return logging.StreamHandler(patient_stream(sys.stderr, "standard error"))
 
 
 def _level(level: str | int) -> int:
@@ -195,19 +201,71 @@ def _plain(value: Any, depth: int = 0) -> Any:
 # ---- Syslog ----------------------------------------------------------------------------------
 
 
+class _Syslog(SysLogHandler):
+    """Sends through an outlet: a system's log that hangs or is gone stops nobody. It is looked for again each time."""
+
+    socket: Any
+
+    def __init__(self, name: str, address: str | tuple[str, int]) -> None:
+        self._outlet = Outlet(f"the system's log at {name}", self._send, self._say_lost)
+        self._place = name
+        super().__init__(address, facility=SysLogHandler.LOG_MAIL)
+        self.append_nul = isinstance(address, str)  # a datagram to another machine has its own end
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            priority = self.encodePriority(self.facility, self.mapPriority(record.levelname))
+            text = self.format(record)
+        except Exception:
+            self.handleError(record)
+            return
+        end = b"\0" if self.append_nul else b""
+        self._outlet.write(f"<{priority}>{text}".encode("utf-8", "backslashreplace") + end)
+
+    def _send(self, data: bytes, seconds: float) -> None:
+        try:
+            self._send_once(data, seconds)
+        except (BlockingIOError, TimeoutError):
+            raise
+        except OSError:  # it was started anew, and has another socket
+            self._disconnect()
+            self._send_once(data, seconds)
+
+    def _send_once(self, data: bytes, seconds: float) -> None:
+        if not self.socket:
+            self.createSocket()
+        connection = self.socket
+        connection.settimeout(seconds)
+        if isinstance(self.address, str):
+            connection.sendall(data)
+        else:
+            connection.sendto(data, self.address)
+
+    def _disconnect(self) -> None:
+        if self.socket:
+            self.socket.close()
+        self.socket = None
+
+    def _say_lost(self, failure: OSError) -> None:
+        """Where it can be read: not there."""
+        with contextlib.suppress(Exception):
+            sys.stderr.write(
+                f"milter: the system's log at {self._place} cannot be written ({failure.strerror or failure}): lines "
+                "are lost until that is mended. Mail is served as before\n"
+            )
+
+
 def _syslog_handler(syslog: str) -> SysLogHandler:
     if syslog.startswith("/"):
         _require_listener(syslog)
-        return SysLogHandler(syslog, facility=SysLogHandler.LOG_MAIL)
+        return _Syslog(syslog, syslog)
     host, port = _host_and_port(syslog)
     try:
-        # Since Python 3.14 the handler looks for the machine when there is something to log, and stays silent.
-        socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-        handler = SysLogHandler((host, port), facility=SysLogHandler.LOG_MAIL)
+        # Looked for now, and not with each line, which would wait for DNS.
+        *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        return _Syslog(syslog, (str(address[0]), int(address[1])))
     except OSError as failure:
         raise MilterError(f"the syslog at {syslog} cannot be reached: {failure.strerror}") from failure
-    handler.append_nul = False  # a datagram has its own end
-    return handler
 
 
 def _require_listener(path: str) -> None:

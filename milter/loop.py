@@ -26,7 +26,6 @@ The invariants:
 
 import asyncio
 import contextlib
-import logging
 import math
 import threading
 import time
@@ -38,10 +37,11 @@ from milter import children
 from milter.blocking import BlockingCalls
 from milter.context import Scope
 from milter.coroutines import MtaGone, NoEventLoop, discard, is_coroutine_function
+from milter.safe_log import SafeLog
 
 __all__ = ["EventLoop"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 _GRACE = 1.0  # seconds that a coroutine gets to end once it was cancelled
 _LAST_WAIT = 5.0  # seconds that background tasks of the filter get to end

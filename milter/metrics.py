@@ -26,7 +26,6 @@ who answers can read: its own, or a file in the directory.
 """
 
 import contextlib
-import logging
 import mmap
 import os
 import select
@@ -46,6 +45,7 @@ from milter import children
 from milter.errors import MilterError, SocketError
 from milter.printable import printable
 from milter.protocol import Stage
+from milter.safe_log import SafeLog
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Collector", "Directory", "Exporter", "directory", "listen", "open_exporter"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 _VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _PAGE = mmap.PAGESIZE

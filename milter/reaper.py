@@ -10,14 +10,15 @@ signals on to that child, and to wait for all that ends, until the child does.
 """
 
 import contextlib
-import logging
 import os
 import signal
 import threading
 
+from milter.safe_log import SafeLog
+
 __all__ = ["step_down"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 _FROM_THE_KERNEL = 0x80  # si_code: as Ctrl-C in a terminal, which the child gets by itself
 

@@ -10,6 +10,7 @@ import sys
 
 from milter.errors import MilterError
 from milter.options import RunOptions
+from milter.outlets import patient_streams
 from milter.runner import run_by_name
 
 __all__ = ["add_arguments", "main"]
@@ -98,11 +99,12 @@ def main(parsed: argparse.Namespace) -> int:
         "log_format": parsed.log_format,
         "syslog": parsed.syslog,
     }
-    try:
-        return run_by_name(parsed.filter, parsed.socket, options)
-    except (MilterError, ValueError) as failure:
-        print(f"milter run: {failure}", file=sys.stderr)
-        return _EXIT_NOT_STARTED
+    with patient_streams():
+        try:
+            return run_by_name(parsed.filter, parsed.socket, options)
+        except (MilterError, ValueError) as failure:
+            print(f"milter run: {failure}", file=sys.stderr)
+            return _EXIT_NOT_STARTED
 
 
 def _number(text: str) -> int:

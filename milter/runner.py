@@ -7,7 +7,6 @@ that is wanted; only then is code of the filter run. The order of an end is the 
 
 import contextlib
 import functools
-import logging
 import os
 import socket as sockets
 import threading
@@ -16,24 +15,29 @@ from typing import Any, Unpack
 
 from milter import children, logs, metrics
 from milter.app import Milter
+from milter.ending import tell_threads
 from milter.errors import MilterError
+from milter.green import refuse_green_threads
 from milter.listener import Listener, SharedListener, open_listener
-from milter.loading import load
+from milter.loading import Place, load
 from milter.options import RunOptions, run_options, those_of_start
+from milter.outlets import tolerant_streams
 from milter.pidfile import pidfile
 from milter.privileges import Identity, identity
 from milter.reaper import step_down
+from milter.safe_log import SafeLog
 from milter.server import Server
 from milter.signals import Bell
 from milter.supervisor import Supervisor
 
 __all__ = ["run", "run_by_name"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 
 def run(app: Milter[Any, Any], socket: str | None, **given: Unpack[RunOptions]) -> None:
     """Serve until a signal or :meth:`Milter.stop <milter.Milter.stop>`; see :meth:`Milter.run <milter.Milter.run>`."""
+    refuse_green_threads()
     options = run_options(given)
     if threading.current_thread() is not threading.main_thread():
         raise MilterError("run() belongs into the main thread, which gets the signals; use start() elsewhere")
@@ -43,11 +47,12 @@ def run(app: Milter[Any, Any], socket: str | None, **given: Unpack[RunOptions]) 
             raise MilterError(
                 "run(workers=…) forks, and other threads do not survive that: start them in on_start, in each worker"
             )
-        code = _supervise(lambda: app, app.name, socket, options)
+        with tolerant_streams():
+            code = _supervise(lambda: app, app.name, socket, options)
         if code:
             raise SystemExit(code)
         return
-    with _prepared(socket, options) as (listener, user):
+    with tolerant_streams(), _prepared(socket, options) as (listener, user):
         if user is not None:
             user.take_on()
         _serve(app, listener, options)
@@ -57,7 +62,12 @@ def run_by_name(name: str, socket: str | None, options: RunOptions) -> int:
     """Serve the filter of this name (``module:app``), with a supervisor in any case; returns the exit code."""
     given = run_options(options)
     step_down()
-    return _supervise(functools.partial(load, name), name, socket, given)
+    return _supervise(functools.partial(_load, Place(), name), name, socket, given)
+
+
+def _load(place: Place, name: str) -> Milter[Any, Any]:
+    place.enter()
+    return load(name)
 
 
 def _serve(app: Milter[Any, Any], listener: Listener, options: RunOptions) -> None:
@@ -68,6 +78,7 @@ def _serve(app: Milter[Any, Any], listener: Listener, options: RunOptions) -> No
             server.wait()
         finally:
             server.stop()
+            tell_threads()
 
 
 @contextlib.contextmanager
@@ -154,4 +165,4 @@ def _work(
             user.take_on()
         return Server(get(), SharedListener.of(listener), bell, **those_of_start(options))
 
-    return work(make, control)
+    return work(make, control, options["grace"])

@@ -27,16 +27,18 @@ from milter.binding import Run
 from milter.coroutines import NoEventLoop, event_loop_for
 from milter.engine import Engine
 from milter.errors import HandlerError, MilterError
+from milter.green import refuse_green_threads
 from milter.ledger import Ledger, open_books
 from milter.libmilter import libmilter
 from milter.listener import Listener, open_listener
 from milter.metrics import Exporter, open_exporter
 from milter.options import StartOptions, start_options
+from milter.safe_log import SafeLog, enable_loggers
 from milter.signals import Bell
 
 __all__ = ["Server"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 _STEP = 0.02  # seconds between two looks at the connections while draining
 _LOOKS = 2  # that find none
@@ -100,6 +102,8 @@ class Server:
         return self
 
     def _start(self) -> None:
+        refuse_green_threads()
+        enable_loggers()
         options = self._options
         listener = self._socket if isinstance(self._socket, Listener) else _open(self._socket, options)
         self._hidden = children.hide(listener.socket.fileno())

@@ -1,6 +1,13 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Signals belong to Python's main thread, not to libmilter.
 
+What a process inherits is respected where it says what the user wants, and mended where it would do harm:
+
+- SIGINT and SIGHUP that are ignored stay so: ``nohup`` and a shell's ``&`` ask for that.
+- SIGCHLD that is ignored is not: the exit code of every process that a handler starts would be lost, and be 0.
+- Signals that are blocked, and asked for here, are unblocked.
+- SIGUSR1 and SIGUSR2 would end the process, and are only told of, unless the program has a handler of its own.
+
 libmilter has a thread of its own that waits for SIGHUP, SIGINT and SIGTERM. The kernel offers a
 process's signal to the main thread first, which has a handler and does not block it, so libmilter's
 thread gets none of them: once it sleeps. See :func:`wait_for_signal_thread`.
@@ -19,8 +26,13 @@ from types import FrameType
 from typing import Any
 
 from milter import children
+from milter.safe_log import SafeLog
+
+log = SafeLog("milter")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
+MEANINGLESS = (signal.SIGUSR1, signal.SIGUSR2)
 _ASKED, _INSISTED = 0, 255  # no signals
 _LOOKS = 500  # one each millisecond
 
@@ -88,7 +100,10 @@ class Bell:
 
     def _heard(self, numbers: frozenset[int]) -> bool:
         with contextlib.suppress(BlockingIOError):
-            return not numbers.isdisjoint(os.read(self._reader, 4096))
+            rang = os.read(self._reader, 4096)
+            for number in set(rang).intersection(MEANINGLESS):
+                tell_meaningless(number)
+            return not numbers.isdisjoint(rang)
         return False
 
     def close(self) -> None:
@@ -101,13 +116,9 @@ class Bell:
     @contextlib.contextmanager
     def rung_by_signals(self) -> Iterator[None]:
         """Installed before libmilter's threads start, or a signal that one of them takes could end the process."""
-        handlers = {number: signal.signal(number, _noted) for number in _SIGNALS}
-        restore = functools.partial(_restore, handlers)
-        try:
-            with children.undone(restore), self.woken_by_signals():
-                yield
-        finally:
-            restore()
+        wanted = list(filter(_is_wanted, (*_SIGNALS, *MEANINGLESS)))
+        with self.woken_by_signals(), handled(wanted), _children_waited_for():  # one that was blocked rings at once
+            yield
 
     @contextlib.contextmanager
     def woken_by_signals(self) -> Iterator[None]:
@@ -125,6 +136,20 @@ class Bell:
             self.close()
 
 
+@contextlib.contextmanager
+def handled(numbers: Collection[signal.Signals]) -> Iterator[None]:
+    """Meanwhile these signals have a handler, and are not blocked. Only in the main thread."""
+    before = {number: signal.signal(number, _noted) for number in numbers}
+    restore = functools.partial(_restore, before)
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    try:
+        with children.undone(restore):
+            yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        restore()
+
+
 def _restore(handlers: dict[signal.Signals, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler if handler is not None else signal.SIG_DFL)
@@ -134,8 +159,38 @@ def _wake_nobody() -> None:
     signal.set_wakeup_fd(-1)
 
 
+def is_ignored(number: signal.Signals) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN
+
+
+def tell_meaningless(number: int) -> None:
+    log.info("%s means nothing to a filter, and is ignored", signal.Signals(number).name)
+
+
+def _is_wanted(number: signal.Signals) -> bool:
+    if number in MEANINGLESS:
+        return signal.getsignal(number) is signal.SIG_DFL
+    return not (number in _MAY_BE_IGNORED and is_ignored(number))
+
+
+@contextlib.contextmanager
+def _children_waited_for() -> Iterator[None]:
+    if not is_ignored(signal.SIGCHLD):
+        yield
+        return
+    log.warning(
+        "SIGCHLD was ignored, and is not while the filter runs: the exit codes of processes that handlers start would "
+        "be lost"
+    )
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+
 def _noted(number: int, frame: FrameType | None) -> None:
-    """The bell has rung already; Python only wants to see a handler."""
+    """The pipe has the number already; Python only wants to see a handler."""
 
 
 def wait_for_signal_thread() -> None:

@@ -21,7 +21,6 @@ The invariants:
 """
 
 import contextlib
-import logging
 import os
 import selectors
 import signal
@@ -29,14 +28,14 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 
-from milter import children, notify
+from milter import children, notify, signals
 from milter.listener import Listener
+from milter.safe_log import SafeLog
 
 __all__ = ["DONE", "DRAIN", "END", "FAILED", "READY", "Supervisor"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 READY, DONE, FAILED = b"+", b".", b"!"
 DRAIN, END = b"d", b"q"
@@ -46,7 +45,7 @@ _KILL_AFTER = 5.0  # seconds beyond the grace, or after END, until a worker is k
 _SETTLED = 5.0  # seconds after which a worker's death is no failure of its start
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 30.0  # seconds between the deaths of workers at their start, and the next try
 _HOPELESS = 10  # such deaths, one after the other, with no worker left
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, *signals.MEANINGLESS)
 
 EXIT_NOT_STARTED = 1
 EXIT_FAILED = 70  # EX_SOFTWARE of sysexits.h
@@ -157,6 +156,8 @@ class Supervisor:
         self._exit_code = 0
         self._deaths = 0
         self._not_before = 0.0
+        # One in the background of a shell is not to end by Ctrl-C. SIGHUP does not end it, and is never ignored.
+        self._handled = [number for number in _SIGNALS if number != signal.SIGINT or not signals.is_ignored(number)]
         self._selector = selectors.DefaultSelector()
         self._signal_reader, self._signal_writer = socket.socketpair()
 
@@ -182,14 +183,12 @@ class Supervisor:
         for end in (self._signal_reader, self._signal_writer):
             end.setblocking(False)
         self._selector.register(self._signal_reader, selectors.EVENT_READ)
-        handlers = {number: signal.signal(number, _noted) for number in _SIGNALS}
         before = signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
         try:
-            yield
+            with signals.handled(self._handled):
+                yield
         finally:
             signal.set_wakeup_fd(before)
-            for number, handler in handlers.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
             self._selector.close()
             self._signal_reader.close()
             self._signal_writer.close()
@@ -218,6 +217,8 @@ class Supervisor:
                 self._stop()
         elif number == signal.SIGHUP:
             self._reload()
+        elif number in signals.MEANINGLESS:
+            signals.tell_meaningless(number)
 
     def _listen_to(self, worker: _Worker) -> None:
         try:
@@ -315,7 +316,7 @@ class Supervisor:
         code = EXIT_FAILED
         try:
             signal.set_wakeup_fd(-1)
-            for number in _SIGNALS:
+            for number in self._handled:
                 signal.signal(number, signal.SIG_DFL)
             self._selector.close()
             for end in (self._signal_reader, self._signal_writer):
@@ -442,10 +443,6 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.pid, signal.SIGKILL)
             worker.deadline = float("inf")
-
-
-def _noted(number: int, frame: FrameType | None) -> None:
-    """The pipe has the number; Python only wants to see a handler."""
 
 
 def _how(code: int) -> str:

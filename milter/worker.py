@@ -5,62 +5,70 @@ It ends when the supervisor says so, or is gone; a signal to end, sent to the wo
 supervisor can end the draining: a service manager signals all processes of a service, which is no second request.
 """
 
-import atexit
 import contextlib
-import logging
 import socket
-import sys
 import threading
+import time
 from collections.abc import Callable
 
+from milter.ending import end_process
 from milter.errors import HandlerError, MilterError
+from milter.safe_log import SafeLog
 from milter.server import Server
 from milter.signals import Bell
 from milter.supervisor import DONE, DRAIN, END, EXIT_FAILED, EXIT_NOT_STARTED, FAILED, READY
 
 __all__ = ["work"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
+
+_LAST_WAIT = 2.0  # seconds that threads get when the grace is over
 
 
-def work(make: Callable[[Bell], Server], control: socket.socket) -> int:
+def work(make: Callable[[Bell], Server], control: socket.socket, grace: float) -> int:
     """In the child: serve until told to end; returns the exit code. `make` loads the filter and makes its server."""
-    try:
-        return _Worker(control).serve(make)
-    finally:
-        # As at the end of any process; os._exit, which follows, does nothing of it.
-        atexit._run_exitfuncs()
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+    worker = _Worker(control, grace)
+    with worker.bell.rung_by_signals():
+        try:
+            return worker.serve(make)
+        finally:
+            worker.end()
 
 
 class _Worker:
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, grace: float) -> None:
         self._control = control
-        self._bell = Bell.of_a_worker()
+        self._grace = grace
+        self.bell = Bell.of_a_worker()
         self._told = False
+        self._insisted = threading.Event()
+        self._ends_at = time.monotonic()
+        """When the grace is over; a filter that did not start has none."""
 
     def serve(self, make: Callable[[Bell], Server]) -> int:
-        with self._bell.rung_by_signals():
-            threading.Thread(target=self._listen, name="milter-control", daemon=True).start()
-            try:
-                server = make(self._bell)
-                server.start()
-            except MilterError as failure:
-                log.critical("%s", failure, exc_info=failure.__cause__)
-                return EXIT_NOT_STARTED
-            except Exception:
-                log.critical("the filter could not be started", exc_info=True)
-                return EXIT_NOT_STARTED
-            self._say(READY)
-            return self._until_told(server)
+        threading.Thread(target=self._listen, name="milter-control", daemon=True).start()
+        try:
+            server = make(self.bell)
+            server.start()
+        except MilterError as failure:
+            log.critical("%s", failure, exc_info=failure.__cause__)
+            return EXIT_NOT_STARTED
+        except Exception:
+            log.critical("the filter could not be started", exc_info=True)
+            return EXIT_NOT_STARTED
+        self._say(READY)
+        return self._until_told(server)
+
+    def end(self) -> None:
+        """Threads and executors of the filter may go on for the rest of the grace."""
+        end_process(max(self._ends_at - time.monotonic(), _LAST_WAIT), self._insisted)
 
     def _until_told(self, server: Server) -> int:
         try:
             try:
                 server.wait()
             finally:
+                self._ends_at = time.monotonic() + self._grace
                 if server.asked_to_stop and not self._told:
                     self._say(DONE)
                 server.stop()
@@ -82,10 +90,11 @@ class _Worker:
                 said = b""
             if (DRAIN in said or not said) and not self._told:
                 self._told = True
-                self._bell.ring()
+                self.bell.ring()
             if END in said:
                 self._told = True
-                self._bell.insist()
+                self._insisted.set()
+                self.bell.insist()
             if not said:
                 return
 

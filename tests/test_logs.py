@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What a filter that is a program of its own logs: its form, and where it goes."""
 
+import contextlib
 import enum
 import json
 import logging
@@ -303,3 +304,45 @@ def test_a_syslog_of_another_machine_may_be_written_so(syslog: str, place: tuple
 def test_a_machine_that_does_not_exist_is_told() -> None:
     with pytest.raises(MilterError, match=r"the syslog at nowhere\.invalid cannot be reached"):
         configure(syslog="nowhere.invalid")
+
+
+# ---- A system's log in trouble ---------------------------------------------------------------
+
+
+def test_a_system_log_that_does_not_read_stops_nobody(
+    system_log: socket.socket, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(syslog=system_log.getsockname())
+    count = 0
+    while "cannot be written" not in capsys.readouterr().err:  # the queue of a datagram socket is short
+        log.info("number %d", count)
+        count += 1
+    log.info("lost as well")
+    texts = []
+    system_log.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            texts.append(system_log.recv(4096).decode())
+    system_log.settimeout(10)
+    assert [text.partition("]: ")[2] for text in texts] == [f"number {number}\0" for number in range(count - 1)]
+    log.info("again")
+    assert b"again" in system_log.recv(4096)
+    assert b"lines lost until now: 2" in system_log.recv(4096)
+
+
+def test_a_system_log_that_was_started_anew_gets_the_next_line(
+    system_log: socket.socket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(syslog=system_log.getsockname())
+    log.info("before")
+    system_log.close()
+    (tmp_path / "log").unlink()
+    log.info("lost")
+    log.info("lost")
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as anew:
+        anew.bind(str(tmp_path / "log"))
+        anew.settimeout(10)
+        log.info("after")
+        assert anew.recv(4096).endswith(b"]: after\0")
+        assert b"lines lost until now: 2" in anew.recv(4096)

@@ -28,12 +28,13 @@ from milter.coroutines import NoEventLoop, event_loop_for
 from milter.engine import Engine
 from milter.errors import HandlerError
 from milter.libmilter import libmilter
+from milter.safe_log import SafeLog
 from milter.testing.client import Client
 from milter.testing.wire import Command
 
 __all__ = ["Rehearsal"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 _LOOK = 1000  # milliseconds between two chances for Ctrl-C
 _LAST_WAIT = 2000  # milliseconds that handlers get when the test was interrupted, or the process ends
