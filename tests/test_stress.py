@@ -33,7 +33,7 @@ FAULTS = ("malloc", "realloc", "calloc", "free", "open", "write")
 
 def compiled(directory: Path, flags: list[str]) -> Path:
     program = directory / "stress"
-    shim = ("milter_shim.c", "content.c", "changes.c", "macro_guard.c", "io.c", "turns.c")
+    shim = ("milter_shim.c", "content.c", "changes.c", "macro_guard.c", "connect_guard.c", "io.c", "turns.c")
     sources = [*sorted((HERE / "stress").glob("*.c")), *(SHIM / name for name in shim)]
     command = [
         *shlex.split(os.environ.get("CC", "cc")),

@@ -85,7 +85,8 @@ enum {
     CHUNK = 256,       /* entries that are allocated at once */
     CHUNKS = 4096,     /* descriptors above CHUNK * CHUNKS are served without a block */
     LOOK = 1,          /* milliseconds between two looks at the queue, while there is one */
-    YIELDS = 2         /* times that a thread gives way before it goes to sleep */
+    YIELDS = 2,        /* times that a thread gives way before it goes to sleep */
+    CONNECT = 'C'      /* the letter of that command */
 };
 
 /* Nanoseconds in which a worker should come for one of the sessions in the queue. */
@@ -109,7 +110,7 @@ struct connection {
     int timeout;  /* milliseconds, of libmilter's last poll */
     unsigned header_size; /* bytes of a packet's length and letter that libmilter has read */
     uint32_t data_size;   /* told by that length, the letter included */
-    uint32_t data_left;   /* bytes of data that it will read, before the next header */
+    uint32_t data_left;   /* bytes of data that it will read, before the next header; into one piece of memory */
     char command;         /* the letter that it has read last */
     struct block *block;
     unsigned input_begin, input_end;
@@ -526,10 +527,14 @@ static uint32_t data_after(uint32_t length)
 }
 
 /* By whoever serves the session: libmilter reads the five bytes of a header, in pieces perhaps, then the data. */
-static void follow(struct connection *connection, const unsigned char *bytes, size_t size)
+static void follow(struct connection *connection, unsigned char *bytes, size_t size)
 {
     if (connection->data_left > 0) {
         connection->data_left -= size < connection->data_left ? (uint32_t)size : connection->data_left;
+        if (connection->data_left == 0 && connection->command == CONNECT) {
+            const size_t all = data_after(connection->data_size);
+            milter_mend_client((char *)bytes + size - all, all);
+        }
         return;
     }
     for (; size > 0; bytes++, size--) {

@@ -8,6 +8,7 @@
 #define MILTER_IO_H
 
 #include <stdbool.h>
+#include <stddef.h>
 
 /*
  * The descriptor that the calling thread has read last, by a thread of
@@ -53,6 +54,9 @@ int milter_io_log_to(int fd);
  * connections, and can be given listeners of any. Before the first connection.
  */
 void milter_io_expect(int family);
+
+/* For io.c, see connect_guard.c: the data of a CONNECT, which belongs to libmilter. */
+void milter_mend_client(char *data, size_t size);
 
 /* Has the linker redirected libmilter's calls to io.c, all that the build names? */
 bool milter_io_wrapped(void);

@@ -141,7 +141,7 @@ struct milter_session {
     bool message_deferred; /* the same within the message */
     bool lost; /* a part of the log is missing: Python must not judge by the rest */
     enum failure failure;
-    sfsistat decision; /* of a message that was decided before its end, while the MTA goes on with it */
+    sfsistat decision; /* of a message that ended with a piece of its body, in one packet with its end; else to go on */
     struct buffer log;
     struct buffer chunks; /* of the body, for the records B in the log */
     size_t message_mark;  /* where the message begins in the log */
@@ -223,7 +223,7 @@ static struct milter_session *new_session(SMFICTX *ctx, struct milter_run *run)
     session->client_unread = session->client_deferred = session->message_deferred = false;
     session->lost = false;
     session->failure = SOUND;
-    session->decision = SMFIS_TEMPFAIL;
+    session->decision = SMFIS_CONTINUE;
     session->log = session->chunks = (struct buffer){NULL, 0, 0};
     session->message_mark = session->record_mark = session->header_size = 0;
     content_init(&session->content);
@@ -640,9 +640,12 @@ static sfsistat conclude(struct milter_session *session, enum milter_stage stage
     bool told = false;
 
     if (stage >= MILTER_RCPT && stage <= MILTER_EOM && !session->in_message) {
-        /* An MTA that goes on with a message after its verdict gets the verdict again. */
+        /*
+         * What was said of the message before must not be said of this one, whose sender was not
+         * told: Postfix has begun a message with RCPT after one that was accepted at MAIL.
+         */
         session->log.size = session->record_mark;
-        return silent ? SMFIS_NOREPLY : session->decision;
+        return silent ? SMFIS_NOREPLY : SMFIS_TEMPFAIL;
     }
     if (session->run->plan.mode[stage] == MILTER_DEFER)
         *(session->in_message ? &session->message_deferred : &session->client_deferred) = true;
@@ -665,7 +668,6 @@ static sfsistat conclude(struct milter_session *session, enum milter_stage stage
     if (verdict == SMFIS_SKIP && (stage != MILTER_BODY || (session->steps & SMFIP_SKIP) == 0))
         verdict = SMFIS_CONTINUE; /* Sendmail answers a SKIP elsewhere by leaving out the body */
     if (session->in_message && ends_message(stage, verdict)) {
-        session->decision = stage != MILTER_EOM ? verdict : SMFIS_TEMPFAIL;
         if (!told)
             forget_message(session);
         end_message(session);
@@ -676,7 +678,6 @@ static sfsistat conclude(struct milter_session *session, enum milter_stage stage
 /* Once for each message that was begun and not decided, however often the MTA says ABORT. */
 static void abort_message(struct milter_session *session)
 {
-    session->decision = SMFIS_TEMPFAIL; /* what comes now belongs to no message, or to one that begins */
     if (!session->in_message)
         return;
     if (session->run->plan.mode[MILTER_ABORT] == MILTER_ENTER || session->tracked || session->message_deferred) {
@@ -916,6 +917,7 @@ static sfsistat on_body(SMFICTX *ctx, unsigned char *chunk, size_t size)
 
     if (session == NULL)
         return HANG_UP;
+    const bool within = session->in_message;
     gather(session, chunk, size);
     if (ignored(session, MILTER_BODY)) {
         chunk = NULL;
@@ -925,7 +927,11 @@ static sfsistat on_body(SMFICTX *ctx, unsigned char *chunk, size_t size)
         log_number(session, size);
     }
     const sfsistat verdict = conclude(session, MILTER_BODY, chunk, size);
-    return milter_io_command() == END_OF_MESSAGE ? SMFIS_CONTINUE : verdict;
+    if (milter_io_command() != END_OF_MESSAGE)
+        return verdict;
+    if (within && !session->in_message)
+        session->decision = verdict;
+    return SMFIS_CONTINUE;
 }
 
 static sfsistat on_eom(SMFICTX *ctx)
@@ -934,6 +940,10 @@ static sfsistat on_eom(SMFICTX *ctx)
 
     if (session == NULL)
         return HANG_UP;
+    const sfsistat decision = session->decision;
+    session->decision = SMFIS_CONTINUE;
+    if (decision != SMFIS_CONTINUE)
+        return decision;
     log_text(session, "E");
     return conclude(session, MILTER_EOM, NULL, 0);
 }
