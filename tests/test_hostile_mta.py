@@ -248,14 +248,60 @@ def test_a_packet_over_the_limit_of_the_data_size_ends_the_connection(peer: Peer
     assert is_well(peer)
 
 
-def test_commands_in_an_order_that_no_mta_sends_are_ignored(peer: Peer) -> None:
+OUT_OF_PLACE = [(b"E", b""), (b"L", b"a\0b\0"), (b"R", b"<bob>\0"), (b"T", b""), (b"N", b""), (b"B", b"x")]
+
+
+def test_commands_in_an_order_that_no_mta_sends_are_to_be_tried_again(peer: Peer) -> None:
+    """libmilter ignores them without an answer; where its system calls are redirected, they get one."""
     client = peer.client()
     client.negotiate()
-    for command, data in [(b"E", b""), (b"L", b"a\0b\0"), (b"R", b"<bob>\0"), (b"T", b""), (b"B", b"x"), (b"K", b"")]:
+    for command, data in OUT_OF_PLACE:
         client.send(command, data)
-    client.helo()  # answered
+        if libmilter.redirected:
+            assert read_answer(client.receive()).verdict is Verdict.TEMPFAIL
+    client.send(b"K", b"")
+    assert client.helo() is not None
     client.close()
     assert is_well(peer)
+
+
+def test_commands_out_of_place_of_stages_that_do_not_reply_get_no_answer(serve: Serve) -> None:
+    app = Milter("test")
+    bodies: list[bytes] = []
+    app.on_message(lambda ctx, message: bodies.append(message.body))
+    client = serve(app).greeted()
+    for command, data in OUT_OF_PLACE[1:]:
+        client.send(command, data)
+    assert send_message(client).answer.verdict is Verdict.CONTINUE
+    if libmilter.redirected:
+        client.send(b"E")
+        assert read_answer(client.receive()).verdict is Verdict.TEMPFAIL
+    assert send_message(client).answer.verdict is Verdict.CONTINUE
+    assert bodies == [b"text\r\n"] * 2
+
+
+@needs_redirection
+@pytest.mark.parametrize("end", ["rcpt", "data"])
+@pytest.mark.parametrize("state", ["data", "header", "eoh", "body"])
+def test_a_message_that_goes_on_after_the_server_has_refused_it_is_to_be_tried_again(
+    serve: Serve, state: str, end: str
+) -> None:
+    """So does Postfix after its smtpd_end_of_data_restrictions: libmilter would ignore it, and Postfix wait."""
+    app = everything()
+    client = serve(app).greeted()
+    begin_message(client)
+    steps: list[Callable[[], object]] = [
+        lambda: client.header("Subject", "test"),
+        client.eoh,
+        lambda: client.body(b"text\r\n"),
+    ]
+    for step in steps[: ("data", "header", "eoh", "body").index(state)]:
+        step()
+    answers = [client.rcpt("<eve>")] if end == "rcpt" else []
+    answers += [client.data(), client.header("Subject", "test")]
+    assert {answer and answer.verdict for answer in answers} == {Verdict.TEMPFAIL}
+    client.abort()
+    assert send_message(client).answer.verdict is Verdict.CONTINUE
 
 
 def test_a_message_before_any_offer_is_not_accepted(peer: Peer) -> None:
@@ -444,12 +490,14 @@ def test_a_piece_of_the_body_with_the_end_of_the_message_is_observed_before_it(s
 
 @pytest.mark.parametrize("length", [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x80\0\0\1"], ids=bytes.hex)
 def test_a_length_without_a_meaning_changes_nothing_for_the_packets_after_it(serve: Serve, length: bytes) -> None:
-    """libmilter takes it for a packet without data."""
+    """libmilter takes it for a packet without data, the end of a message of which there was no beginning."""
     app = Milter("test")
     app.on_body(lambda ctx, chunk: Status.REJECT)
     app.on_eom(lambda ctx: Status.CONTINUE)
     client = serve(app).greeted()
     client._socket.sendall(length + b"E")
+    if libmilter.redirected:
+        assert read_answer(client.receive()).verdict is Verdict.TEMPFAIL
     begin_message(client)
     client.eoh()
     answer = client.body(b"text\r\n")

@@ -25,6 +25,14 @@ char milter_io_command(void);
 const char *milter_io_data_end(void);
 
 /*
+ * By the thread that serves a connection. Commands of these letters (seven at most)
+ * are due an answer: one of which the shim does not hear, since libmilter ignores it,
+ * gets a temporary failure. Of the others it has heard says each callback.
+ */
+void milter_io_answer(int fd, const char *letters);
+void milter_io_heard(int fd);
+
+/*
  * Write what was gathered for this connection, and wait for a peer that reads
  * slowly, as libmilter would have. By the thread that serves it, or by another
  * one under the session's lock while that thread is in Python. False: it could

@@ -315,8 +315,10 @@ static struct milter_session *session_of(SMFICTX *ctx)
 
     if (session == NULL)
         session = resume(ctx);
-    if (session != NULL)
+    if (session != NULL) {
         session->record_mark = session->log.size;
+        milter_io_heard(session->descriptor);
+    }
     return session;
 }
 
@@ -721,6 +723,19 @@ static struct milter_run *run_of(unsigned long *offered_actions)
 
 /* ---- libmilter's callbacks: each by a thread of libmilter, one at a time for a connection - */
 
+/* By on_negotiate. libmilter ignores a command that is out of place; where one is due an answer, it gets it all the same. */
+static void answer_within_messages(const struct milter_session *session)
+{
+    static const char letters[] = "RTLNBE"; /* from MILTER_RCPT to MILTER_EOM */
+    char due[sizeof letters] = "";
+    size_t n = 0;
+
+    for (int stage = MILTER_RCPT; stage <= MILTER_EOM; stage++)
+        if ((session->steps & no_reply_bit[stage]) == 0)
+            due[n++] = letters[stage - MILTER_RCPT];
+    milter_io_answer(session->descriptor, due);
+}
+
 /* The session that this makes belongs to libmilter's context, until on_close takes it back. */
 static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsigned long offered_steps,
                              unsigned long unused2, unsigned long unused3, unsigned long *actions,
@@ -776,6 +791,7 @@ static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsign
     session->actions = *actions;
     session->steps = *steps;
     pthread_mutex_unlock(&session->lock);
+    answer_within_messages(session);
     return SMFIS_CONTINUE;
 }
 

@@ -346,6 +346,7 @@ _NEXT = {
 }
 _IN_MESSAGE = "MRTLNB"
 _NEEDS_DATA = "DBCHLMORU"
+_OF_A_MESSAGE = "RTLNBE"
 
 
 class Process:
@@ -427,6 +428,8 @@ class Model:
         if letter != "D" and not self._enter(letter):
             if letter == "Q":
                 self._close()
+            elif self._process.redirected and self._negotiated and letter in _OF_A_MESSAGE:
+                self._answer_ignored(letter)
             return
         if letter in _NEEDS_DATA and not data:
             self._close()
@@ -444,6 +447,11 @@ class Model:
             self._session.abort()
         self._state = "H"
         return self._process.leads("H", letter)
+
+    def _answer_ignored(self, letter: str) -> None:
+        """libmilter says nothing, and the library in its stead that it is to be tried again."""
+        if not self._steps & SILENCE.get(letter.encode(), 0):
+            self.prediction.answers.append(Expected(Command(letter.encode()).name, "t"))
 
     def _read(self, letter: str, data: bytes) -> None:
         if letter == "O":
