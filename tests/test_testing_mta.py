@@ -30,6 +30,7 @@ from milter import (
     Status,
 )
 from milter import Message as Received
+from milter.libmilter import libmilter
 from milter.binding import WantedRun
 from milter.libmilter import libmilter
 from milter.testing import (

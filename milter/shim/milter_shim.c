@@ -1278,6 +1278,23 @@ static size_t packet_size(const char *first, const char *second)
 }
 
 /*
+ * Under the session's lock. libmilter knows names of one letter with and without braces; longer ones only as the MTA
+ * has written them, and not all MTAs write the braces.
+ */
+static const char *macro_of(SMFICTX *ctx, const char *name)
+{
+    const char *value = smfi_getsymval(ctx, text(name));
+    const size_t length = strlen(name);
+    char bare[128];
+
+    if (value != NULL || length < 4 || length - 2 >= sizeof bare || name[0] != '{')
+        return value;
+    memcpy(bare, name + 1, length - 2);
+    bare[length - 2] = '\0';
+    return smfi_getsymval(ctx, bare);
+}
+
+/*
  * Copies the value into the buffer, since libmilter's memory is valid only until
  * the next command. Returns the length of the value, or an enum milter_result; a
  * value longer than size - 1 is not copied.
@@ -1289,7 +1306,7 @@ int milter_macro(struct milter_session *session, uint64_t token, const char *nam
     if (result != MILTER_OK)
         return result;
     milter_mend_macros(session->ctx);
-    const char *value = smfi_getsymval(session->ctx, text(name));
+    const char *value = macro_of(session->ctx, name);
     result = MILTER_ABSENT;
     if (value != NULL) {
         const size_t length = strlen(value);

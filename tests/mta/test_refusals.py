@@ -215,3 +215,25 @@ def test_mail_of_a_client_whose_address_a_proxy_does_not_know_is_judged_as_other
     running.stop()
     connections = [found for line in running.stdout.lines if isinstance(found := json.loads(line), list)]
     assert connections[-1] == shown
+
+
+# ---- Content that goes another way
+
+
+def test_with_a_proxy_filter_recipients_can_be_refused_and_no_content_is_seen(
+    postfix: Postfix, running: FilterProcess
+) -> None:
+    proxy = f"inet:127.0.0.1:{postfix.sink.port}"
+    with session(postfix, running, smtpd_proxy_filter=proxy) as client:
+        for sender in ("ann", "data", "eom"):
+            client.mail(f"{sender}@client.test")
+            assert client.rcpt("no@sink.test").text == "5.7.1 not for you"
+            client.rcpt(BOB)
+            client.data(MESSAGE)
+            client.command("RSET")
+    assert [delivery.sender for delivery in postfix.deliveries()] == ["ann@client.test", "eom@client.test"]
+    assert [(record["sender"], record["verdict"], record["stage"]) for record in records(running)] == [
+        ("ann@client.test", "abort", "abort"),
+        ("data@client.test", "reject", "data"),
+        ("eom@client.test", "abort", "abort"),
+    ]
