@@ -24,7 +24,16 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SHIM = Path("milter", "shim")
-SOURCES = ("milter_shim.c", "content.c", "changes.c", "macro_guard.c", "connect_guard.c", "io.c", "threads.c", "turns.c")
+SOURCES = (
+    "milter_shim.c",
+    "content.c",
+    "changes.c",
+    "macro_guard.c",
+    "connect_guard.c",
+    "io.c",
+    "threads.c",
+    "turns.c",
+)
 
 MISSING_PKG_CONFIG = """\
 milter: pkg-config is missing, so libmilter cannot be found.

@@ -132,8 +132,9 @@ class EndOfMessage:
 class Session:
     """An SMTP session as the MTA sees it.
 
-    ``macros``: more macros, or other values than the usual ones; braces may be left out. What is defined here is sent at each stage whose list names it. ``stage_macros`` are sent
-    at their stage, whatever its list says. ``unasked``: the lists of a milter that asks for none.
+    ``macros``: more macros, or other values than the usual ones; braces may be left out. What is
+    defined here is sent at each stage whose list names it. ``stage_macros`` are sent at their stage,
+    whatever its list says. ``unasked``: the lists of a milter that asks for none.
     """
 
     hostname: str = "client.example"
