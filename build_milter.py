@@ -25,7 +25,8 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 SHIM = Path("milter", "shim")
 SOURCES = (
-    *("milter_shim.c", "content.c", "changes.c", "macro_guard.c", "peer.c", "io.c", "threads.c", "turns.c", "child.c"),
+    *("milter_shim.c", "content.c", "changes.c", "macro_guard.c", "connect_guard.c", "peer.c"),
+    *("io.c", "threads.c", "turns.c", "child.c"),
 )
 
 MISSING_PKG_CONFIG = """\

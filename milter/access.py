@@ -19,7 +19,8 @@ The line goes to the logger ``milter.access``, at level INFO. It has the form ``
 ``refused``     those that the filter refused, each with its answer
 ``verdict``     what the filter decided: ``accept``, ``reject``, ``tempfail``, ``discard``; or ``abort``: the client
                 or the MTA gave up before. If the MTA is lost while it is told, only its own log knows
-``stage``       where it was decided
+``stage``       where it was decided; ``rcpt`` with a refusal: all recipients were refused, and the client gave up.
+                The answer is then the last one, of those that let it try again if there are any
 ``code``        of the reply of one's own, with ``enhanced`` and ``text``
 ``failed``      the handlers that raised
 ``actions``     the changes that were sent, and how many of each

@@ -165,7 +165,10 @@ class SessionCall:
         _check(lib.milter_request_macros(self._session, self._token, entry.value, text), "the request of macros")
 
     def set_reply(self, reply: Reply) -> bool:
-        lines = [ffi.new("char[]", line) for line in reply.encoded]
+        encoded, whole = reply.encoded, reply.encoded_for_8_bits
+        if encoded != whole and (self.macro(b"v") or b"").startswith(b"Postfix"):
+            encoded = whole
+        lines = [ffi.new("char[]", line) for line in encoded]
         code = str(reply.code).encode("ascii")
         enhanced = ffi.NULL if reply.enhanced is None else ffi.new("char[]", reply.enhanced.encode("ascii"))
         array = ffi.new("char *[]", lines)

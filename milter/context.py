@@ -619,8 +619,10 @@ class NegotiateContext(_View):
     def request_macros(self, stage: Stage, names: Iterable[str]) -> None:
         """Ask for macros at a stage, besides those of the decorators and those the MTA sends anyway.
 
-        Raises ``ValueError`` for a stage that has no macros.
+        Raises ``ValueError`` for a stage that has no macros, and for a name that cannot be one.
         """
+        if isinstance(names, str):
+            raise TypeError(f'the names of macros must be a list, not a str: ["{names}"]')
         self._negotiation.macros.setdefault(checks.macro_list(stage), []).extend(map(macro_name, names))
 
     @property

@@ -25,16 +25,21 @@ earlier milter deleted fields (Sendmail goes on counting them) or put some above
 inserted in the middle may be some places off; changing, deleting and adding are not affected.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
+from functools import lru_cache
 from typing import NamedTuple
 
 from milter import checks
 from milter.headers import END, Headers, NewField
 from milter.message import Message
+from milter.printable import printable
 from milter.protocol import Actions
 
 __all__ = ["Change", "Numbering", "changes", "needed"]
+
+log = logging.getLogger("milter")
 
 _GRANTS = {
     "h": Actions.ADD_HEADER,
@@ -100,7 +105,21 @@ class Numbering(Enum):
         >>> Numbering.of("Postfix 3.7.11"), Numbering.of("8.17.1.9"), Numbering.of(None)
         (<Numbering.POSTFIX: 'Postfix'>, <Numbering.SENDMAIL: 'Sendmail'>, <Numbering.SENDMAIL: 'Sendmail'>)
         """
-        return cls.POSTFIX if version is not None and version.startswith("Postfix") else cls.SENDMAIL
+        if version is None or version[:1].isdigit():  # Sendmail's version, which it does not tell unasked
+            return cls.SENDMAIL
+        if version.startswith("Postfix"):
+            return cls.POSTFIX
+        _tell_of_stranger(version)
+        return cls.SENDMAIL
+
+
+@lru_cache(maxsize=16)  # once for each
+def _tell_of_stranger(version: str) -> None:
+    log.warning(
+        "the mail server calls itself %s, not Postfix or Sendmail: header fields may be inserted some places off. "
+        "If it is a Postfix with a mail_name of its own, let the name begin with Postfix",
+        printable(version),
+    )
 
 
 def changes(message: Message, numbering: Callable[[], Numbering]) -> list[Change]:

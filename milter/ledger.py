@@ -228,6 +228,8 @@ class Ledger:
         decision = self._event(reader, step, again, connection, call)
         if account is not None and _status(decision) in _REFUSALS:
             account.refused.append((recipient, decision))
+            if self.metrics is not None:
+                self.metrics.refused_recipient(_VERDICTS[_status(decision)])
         return decision
 
     def _header(self, reader: _Reader, step: _Step, fields: _Fields, connection: Conversation, call: Call) -> _Decision:
@@ -278,10 +280,12 @@ class Ledger:
 
     def _end(self, account: _Account, stage: Stage, decision: _Decision, connection: Conversation, call: Call) -> None:
         del self._accounts[connection.id]
-        if stage in _GIVEN_UP:
-            self._settle(account, connection, _ABORT, stage, None, call)
-        elif account.crashed:
+        if account.crashed:
             self._settle(account, connection, _TEMPFAIL, stage, None, call)
+        elif stage in _GIVEN_UP and (refusal := _refusal_of_all(account)) is not None:
+            self._settle(account, connection, _VERDICTS[_status(refusal)], Stage.RCPT, refusal, call)
+        elif stage in _GIVEN_UP:
+            self._settle(account, connection, _ABORT, stage, None, call)
         else:
             self._settle(account, connection, _VERDICTS[_status(decision)], stage, decision, call)
 
@@ -384,6 +388,18 @@ class _Watched:
         self._actions[action] += 1
         if action == _REPLACE_BODY:  # in however many parts
             self._actions[action] = 1
+
+
+def _refusal_of_all(account: _Account) -> _Decision | None:
+    """What the filter has told a client all of whose recipients it refused, and who then had nothing to send.
+
+    Where some may be tried again, so may the message.
+    """
+    if account.transaction is None or account.transaction.recipients:
+        return None
+    answers = [answer for _, answer in account.refused]
+    passing = [answer for answer in answers if _status(answer) is Status.TEMPFAIL]
+    return next(reversed(passing or answers), None)
 
 
 def _now() -> int:

@@ -6,6 +6,7 @@ metrics are wanted.
 
 ====================================== ================================================================
 ``milter_messages_total``              messages by ``verdict``: accept, reject, tempfail, discard, abort
+``milter_refused_recipients_total``    recipients refused at RCPT, by ``verdict``, whatever became of their messages
 ``milter_refused_connections_total``   connections refused at CONNECT or HELO, by ``verdict``
 ``milter_handler_seconds``             a histogram of how long the handlers of a ``stage`` took, each time
 ``milter_handler_errors_total``        handlers that raised, by ``stage``
@@ -84,16 +85,18 @@ class Collector:
         self.connections = _private_page() if _directory is None else _directory.page()
         """Where the shim counts the open ones, as an ``int``."""
         self.registry.register(_OpenConnections(lambda: [self.connections]))
-        messages, refused, seconds, errors = self._metrics(package)
+        messages, recipients, refused, seconds, errors = self._metrics(package)
         self._messages = {verdict: messages.labels(verdict) for verdict in _VERDICTS}
+        self._recipients = {verdict: recipients.labels(verdict) for verdict in ("reject", "tempfail")}
         self._refused = {verdict: refused.labels(verdict) for verdict in ("reject", "tempfail")}
         self._histogram, self._seconds = seconds, dict[Stage, Any]()
         self._errors = {stage: errors.labels(stage.name.lower()) for stage in Stage}
 
-    def _metrics(self, package: ModuleType) -> tuple[Any, Any, Any, Any]:
+    def _metrics(self, package: ModuleType) -> tuple[Any, Any, Any, Any, Any]:
         registry = self.registry
         return (
             package.Counter("milter_messages", "Messages, by what became of them", ["verdict"], registry=registry),
+            package.Counter("milter_refused_recipients", "Recipients refused", ["verdict"], registry=registry),
             package.Counter(
                 "milter_refused_connections", "Connections refused before a message", ["verdict"], registry=registry
             ),
@@ -109,6 +112,9 @@ class Collector:
 
     def decided(self, verdict: str) -> None:
         self._messages[verdict].inc()
+
+    def refused_recipient(self, verdict: str) -> None:
+        self._recipients[verdict].inc()
 
     def refused(self, verdict: str) -> None:
         self._refused[verdict].inc()

@@ -177,11 +177,15 @@ CLIENT_MACROS = (
 def macro_name(name: str) -> str:
     """The form in which MTAs send a macro's name: one letter bare, longer names in braces.
 
+    Wherever a filter or a test names a macro, it may write either form: this is the one rule for all of them.
+
     >>> macro_name("{i}"), macro_name("i"), macro_name("auth_authen")
     ('i', 'i', '{auth_authen}')
 
     Raises ``ValueError`` for a name that cannot be one.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"the name of a macro is a str such as 'i' or '{{auth_authen}}', not {name!r}")
     inner = name[1:-1] if name.startswith("{") and name.endswith("}") else name
     if not inner or not all(33 <= ord(character) < 127 and character not in "{}," for character in inner):
         raise ValueError(f"{name!r} is not the name of a macro: write it as 'i' or '{{auth_authen}}'")

@@ -44,11 +44,16 @@ class Reply:
             421 and, with Postfix, 521 make the MTA close the SMTP connection.
         enhanced: the enhanced status code of RFC 3463, of the same class, or None. Without one,
             a text of several lines gets ``4.0.0`` or ``5.0.0`` from libmilter.
-        lines: 1 to 32 lines of text, up to 980 bytes each. UTF-8; Sendmail strips the eighth
-            bit, so plain ASCII reaches everyone. A ``%`` is doubled on the way, once, because
-            MTAs read the text as a format.
+        lines: 1 to 32 lines of text, which may quote strangers: whatever stands in it, it comes out as
+            one line. A line end becomes a space, another control character ``?``, and a line is cut
+            at 980 bytes. A ``%`` is doubled on the way, once, because MTAs read the text as a format.
 
-    Raises ``ValueError`` for anything that could not be sent. A reply is immutable.
+    The text goes out as UTF-8. Sendmail strips the eighth bit, so plain ASCII reaches everyone. Characters
+    of which Sendmail would make a line end (such as ``\u010a`` and ``\u0440``) become ``?``, except for a server that
+    says that it is Postfix.
+
+    Raises ``ValueError`` for a code, an enhanced code or a number of lines that could not be sent. A reply
+    is immutable.
 
     At connect, Postfix gives the text to the commands that follow, Sendmail ignores it.
 
@@ -62,13 +67,13 @@ class Reply:
     ValueError: a reply of a filter is a refusal: the code must be 400 to 599, not 250
     """
 
-    __slots__ = ("_code", "_encoded", "_enhanced", "_lines")
+    __slots__ = ("_code", "_enhanced", "_lines", "_sendable")
 
     def __init__(self, code: int, enhanced: str | None, *lines: str) -> None:
         self._code = _checked_code(code)
         self._enhanced = _checked_enhanced(enhanced, self._code)
         self._lines = tuple(lines)
-        self._encoded = tuple(_encoded_lines(lines))
+        self._sendable = tuple(_sendable_lines(lines))
 
     @property
     def code(self) -> int:
@@ -84,8 +89,13 @@ class Reply:
 
     @property
     def encoded(self) -> tuple[bytes, ...]:
-        """The lines as libmilter gets them: encoded, each ``%`` doubled."""
-        return self._encoded
+        """The lines as libmilter gets them, safe for every MTA: encoded, each ``%`` doubled."""
+        return tuple(_encoded(_without_folding(line)) for line in self._sendable)
+
+    @property
+    def encoded_for_8_bits(self) -> tuple[bytes, ...]:
+        """The same for an MTA that leaves the eighth bit alone, as Postfix does."""
+        return tuple(map(_encoded, self._sendable))
 
     @property
     def status(self) -> Status:
@@ -136,27 +146,48 @@ def _checked_enhanced(enhanced: str | None, code: int) -> str | None:
     return enhanced
 
 
-def _encoded_lines(lines: Iterable[str]) -> Iterable[bytes]:
+def _sendable_lines(lines: Iterable[str]) -> Iterable[str]:
     count = 0
     for count, line in enumerate(lines, start=1):
-        yield _encoded_line(line, count)
+        if not isinstance(line, str):
+            raise ValueError(f"line {count} of the reply must be a str, not {line!r}")
+        yield _cut(_CONTROL.sub("?", _LINE_END.sub(" ", line)))
     if not 1 <= count <= MAX_LINES:
         raise ValueError(f"a reply has 1 to {MAX_LINES} lines of text, not {count}")
 
 
-def _encoded_line(line: str, number: int) -> bytes:
-    if not isinstance(line, str):
-        raise ValueError(f"line {number} of the reply must be a str, not {line!r}")
-    for character, name in (("\r", "CR"), ("\n", "LF"), ("\0", "NUL")):
-        if character in line:
-            raise ValueError(f"line {number} of the reply contains {name}; give each line as an argument of its own")
-    encoded = line.replace("%", "%%").encode("utf-8", "surrogateescape")
-    if len(encoded) > MAX_LINE_BYTES:
-        raise ValueError(
-            f"line {number} of the reply has {len(encoded)} bytes (each '%' counts twice), "
-            f"more than the {MAX_LINE_BYTES} that libmilter sends"
-        )
-    return encoded
+# With the white space of a fold, as in the value of a header field.
+_LINE_END = re.compile(r"(?:\r\n|\r|\n)[ \t]*")
+
+# Control characters but the tab (ASCII's and those of Latin-1), surrogates that stand for no byte, and stray bytes
+# that are a NUL or a line end but for the eighth bit.
+_CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udc80\udc8a\udc8d\udd00-\udfff]")
+
+
+def _cut(line: str) -> str:
+    """As much of the line as libmilter sends: it would send no part of a longer one."""
+    line = line[: MAX_LINE_BYTES + 1]  # each character has a byte at least
+    if len(_encoded(line)) <= MAX_LINE_BYTES:
+        return line
+    while len(_encoded(line)) > MAX_LINE_BYTES - len("..."):
+        line = line[:-1]
+    return line + "..."
+
+
+def _without_folding(line: str) -> str:
+    """The line without characters that have a byte whose low seven bits are NUL, LF or CR.
+
+    Sendmail sends only those bits to the client: what follows such a byte would be a reply of its own.
+    """
+    return _BEYOND_ASCII.sub(lambda match: "?" if _FOLDED & set(_encoded(match[0])) else match[0], line)
+
+
+_BEYOND_ASCII = re.compile(r"[^\0-\x7f]")
+_FOLDED = frozenset(b"\x80\x8a\x8d")
+
+
+def _encoded(line: str) -> bytes:
+    return line.replace("%", "%%").encode("utf-8", "surrogateescape")
 
 
 _NO_MESSAGE_YET = frozenset({Status.CONTINUE, Status.ACCEPT, Status.REJECT, Status.TEMPFAIL})

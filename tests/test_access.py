@@ -234,6 +234,80 @@ def test_refused_recipients_stand_in_the_line_of_their_message_with_their_answer
     )
 
 
+LATER = Reply(450, "4.7.1", "later")
+OF_LATER = {"code": 450, "enhanced": "4.7.1", "text": "later"}
+RAISES, ACCEPTS, DISCARDS = "raises", Status.ACCEPT, Status.DISCARD
+PASSES = Status.CONTINUE
+
+# The filter's answers to the recipients of a message, and what its line says when the client then has nothing to send.
+RECIPIENTS: list[tuple[list[Any], dict[str, Any]]] = [
+    ([NO], {"verdict": "reject", "stage": "rcpt", **OF_NO}),
+    ([LATER], {"verdict": "tempfail", "stage": "rcpt", **OF_LATER}),
+    ([Status.REJECT], {"verdict": "reject", "stage": "rcpt", **NO_REPLY}),
+    ([Status.TEMPFAIL], {"verdict": "tempfail", "stage": "rcpt", **NO_REPLY}),
+    ([RAISES], {"verdict": "tempfail", "stage": "rcpt", **NO_REPLY}),
+    ([NO, Status.REJECT], {"verdict": "reject", "stage": "rcpt", **NO_REPLY}),
+    ([Status.REJECT, NO], {"verdict": "reject", "stage": "rcpt", **OF_NO}),
+    ([NO, LATER, NO], {"verdict": "tempfail", "stage": "rcpt", **OF_LATER}),
+    ([LATER, Status.TEMPFAIL, NO], {"verdict": "tempfail", "stage": "rcpt", **NO_REPLY}),
+    ([PASSES], {"verdict": "abort", "stage": "abort", **NO_REPLY}),
+    ([], {"verdict": "abort", "stage": "abort", **NO_REPLY}),
+    ([NO, PASSES], {"verdict": "abort", "stage": "abort", **NO_REPLY}),
+    ([PASSES, NO], {"verdict": "abort", "stage": "abort", **NO_REPLY}),
+    ([NO, ACCEPTS], {"verdict": "accept", "stage": "rcpt", **NO_REPLY}),
+    ([NO, DISCARDS], {"verdict": "discard", "stage": "rcpt", **NO_REPLY}),
+]
+
+# What MTAs send when a client gives up, or comes to its next message.
+STEPS: dict[str, Callable[[Client], object]] = {
+    "abort": Client.abort,
+    "quit": Client.quit,
+    "hang-up": Client.close,
+    "helo": Client.helo,
+    "mail": lambda client: client.mail("<next@client.example>"),
+    "unknown": lambda client: client.unknown("FOO"),
+}
+GIVING_UP = [
+    *["abort", "abort abort", "abort quit", "quit", "hang-up", "helo"],
+    *["abort helo", "mail", "abort mail", "unknown mail"],
+]
+
+
+@pytest.mark.parametrize("giving_up", GIVING_UP)
+@pytest.mark.parametrize(("answers", "expected"), RECIPIENTS, ids=lambda value: str(value)[:60])
+def test_a_message_all_of_whose_recipients_were_refused_is_refused(
+    serve: Serve, records: Records, answers: list[Any], expected: dict[str, Any], giving_up: str
+) -> None:
+    app = Milter("test")
+    app.on_unknown(lambda ctx, command: Status.CONTINUE)
+
+    @app.on_rcpt
+    def answer(ctx: Context, recipient: str, params: object) -> Status | Reply:
+        verdict = answers[int(recipient.partition("@")[0])]
+        if verdict is RAISES:
+            raise RuntimeError("no list")
+        return verdict  # type: ignore[no-any-return]
+
+    peer = serve(app, access_log=True, metrics="0")
+    client = peer.greeted()
+    client.mail("<ann@client.example>")
+    names = [f"{number}@mta.example" for number in range(len(answers))]
+    for name in names:
+        client.rcpt(f"<{name}>")
+    for step in giving_up.split():
+        STEPS[step](client)
+    if "quit" in giving_up:
+        client.wait_for_close()
+    peer.hang_up()
+    peer.server.stop()  # waits for the session
+    record = records()[0]
+    assert {name: record[name] for name in expected} == expected
+    refused = [name for name, answer in zip(names, answers, strict=True) if answer not in (PASSES, ACCEPTS, DISCARDS)]
+    assert [entry["recipient"] for entry in record["refused"]] == refused
+    assert record["recipients"] == [name for name in names if name not in refused]
+    assert [other["sender"] for other in records()[1:]] == (["next@client.example"] if "mail" in giving_up else [])
+
+
 def test_a_handler_that_raises_is_named(serve: Serve, records: Records) -> None:
     app = Milter("test")
 

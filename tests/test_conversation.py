@@ -16,11 +16,12 @@ from milter import (
     Milter,
     Params,
     Reply,
+    Stage,
     StageError,
     Status,
     UnixAddress,
 )
-from milter.testing import Answer, Client, Verdict
+from milter.testing import Answer, Client, PeerClosed, Verdict
 from tests.conftest import Serve, begin_message, collect, send_content, send_message
 
 
@@ -550,3 +551,56 @@ def test_macros_show_themselves(serve: Serve) -> None:
     client.macros(b"H", {"j": "mta.example", "{cipher}": "TLS"})
     client.helo()
     assert shown == ["Macros({'j': 'mta.example', '{cipher}': 'TLS'})"]
+
+
+@pytest.mark.parametrize("sent", [["auth_authen", "tls_version", "{i}"], ["{auth_authen}", "{tls_version}", "i"]])
+def test_a_macro_is_found_by_its_name_with_and_without_braces_however_the_mta_has_sent_it(
+    serve: Serve, sent: list[str]
+) -> None:
+    app = Milter("test")
+    seen: list[list[str | None]] = []
+    names = ["auth_authen", "tls_version", "i", "nothing"]
+
+    @app.on_rcpt(macros=["auth_authen", "{tls_version}", "{i}"])
+    def rcpt(ctx: Context, recipient: Address, params: Params) -> Status:
+        seen.append([ctx.macros.get(form) for name in names for form in (name, f"{{{name}}}")])
+        assert dict(ctx.macros) == {"{auth_authen}": "ann", "{tls_version}": "TLSv1.3", "i": "4bXq"}
+        assert ctx.queue_id == "4bXq"
+        return Status.CONTINUE
+
+    client = serve(app).greeted()
+    pairs = [part for pair in zip(sent, ["ann", "TLSv1.3", "4bXq"], strict=True) for part in pair]
+    client.send(b"D", b"M" + "".join(f"{part}\0" for part in pairs).encode())
+    client.mail("<ann>")
+    client.rcpt("<bob>")
+    assert seen == [["ann", "ann", "TLSv1.3", "TLSv1.3", "4bXq", "4bXq", None, None]]
+
+
+@pytest.mark.parametrize("name", ["auth authen", "{auth_authen", "", "{}", "a,b", "{a}{b}", "ä", None, 5])
+def test_a_name_that_no_macro_can_have_is_refused_where_it_is_written(serve: Serve, name: Any) -> None:
+    app = Milter("test")
+    with pytest.raises(ValueError, match="macro"):
+        app.on_rcpt(macros=[name])
+    failures: list[str] = []
+
+    @app.on_mail
+    def mail(ctx: Context, sender: Address, params: Params) -> Status:
+        with pytest.raises(ValueError, match="macro") as caught:
+            ctx.macros.get(name)
+        failures.append(str(caught.value))
+        return Status.CONTINUE
+
+    serve(app).greeted().mail("<ann>")
+    assert len(failures) == 1
+
+
+@pytest.mark.parametrize("names", ["auth_authen", ["auth authen"]])
+def test_names_of_macros_that_cannot_be_asked_for_end_the_negotiation(
+    serve: Serve, caplog: pytest.LogCaptureFixture, names: Any
+) -> None:
+    app = Milter("test")
+    app.on_negotiate(lambda ctx: ctx.request_macros(Stage.MAIL, names))
+    client = serve(app).client()
+    with pytest.raises(PeerClosed):
+        client.negotiate()
+    assert "macro" in caplog.text

@@ -537,3 +537,13 @@ def test_the_changes_can_be_had_before_and_after_the_message_is_frozen() -> None
     before = both(message)
     freeze(message)
     assert both(message) == before
+
+
+def test_a_server_that_is_neither_postfix_nor_sendmail_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        assert Numbering.of("Postcow\x1b 3.7") is Numbering.SENDMAIL
+        for version in ("Postfix 3.10.1", "8.18.1", None):
+            Numbering.of(version)
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "the mail server calls itself Postcow\\x1b 3.7, not Postfix or Sendmail"
+    ]

@@ -3,15 +3,28 @@
 
 import contextlib
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from milter import Address, Context, EomContext, Message, Milter, Params, Reply, Status
+from milter import (
+    Address,
+    ClientAddress,
+    Context,
+    EomContext,
+    InetAddress,
+    Message,
+    Milter,
+    Params,
+    Reply,
+    Status,
+    UnixAddress,
+)
 from milter.libmilter import libmilter
 from milter.testing import Client, Packet, PeerClosed, Verdict, WireError
 from milter.testing.wire import read_answer
-from tests.conftest import Peer, Serve, begin_message, send_message
+from tests.conftest import Peer, Serve, begin_message, send_content, send_message
 
 needs_redirection = pytest.mark.skipif(
     not libmilter.redirected, reason="libmilter does not say with which packet a piece of the body came"
@@ -161,6 +174,71 @@ def test_a_malformed_packet_after_the_offer_harms_nobody(peer: Peer, command: by
     assert is_well(peer)
 
 
+LOCAL = b"L\0\0"
+INET = b"4\x9c\x40"
+INET6 = b"6\x9c\x40"
+
+# What follows the host's name in CONNECT, and what is shown of it.
+ADDRESSES: list[tuple[bytes, ClientAddress]] = [
+    (INET + b"192.0.2.1\0", InetAddress("192.0.2.1", 40000)),
+    (INET6 + b"2001:db8::5\0", InetAddress("2001:db8::5", 40000)),
+    (INET6 + b"IPv6:2001:db8::5\0", InetAddress("2001:db8::5", 40000)),
+    (INET6 + b"ipv6:::ffff:192.0.2.1\0", InetAddress("::ffff:192.0.2.1", 40000)),
+    (LOCAL + b"/run/client\0", UnixAddress("/run/client")),
+    (LOCAL + b"x" * 107 + b"\0", UnixAddress("x" * 107)),
+    (b"U\0\0\0", None),
+    (b"U", None),
+    # Of Postfix, where a proxy says that it does not know the client:
+    (INET + b"unknown\0", None),
+    (INET + b"\0", None),
+    (INET + b"[192.0.2.1]\0", None),
+    (INET + b"192.0.2.256\0", None),
+    (INET + b"192.0.2.1:25\0", None),
+    (INET + b"2001:db8::5\0", None),
+    (INET + b"client.example\0", None),
+    (INET6 + b"unknown\0", None),
+    (INET6 + b"192.0.2.1\0", None),
+    (INET6 + b"fe80::1%eth0\0", None),
+    (INET6 + b"[2001:db8::5]\0", None),
+    (INET6 + b"IPv6:unknown\0", None),
+    (INET6 + b"IPv6:IPv6:2001:db8::5\0", None),
+    (LOCAL + b"x" * 108 + b"\0", None),
+    (LOCAL + b"x" * 20000 + b"\0", None),
+    (b"Z\0\x19192.0.2.1\0", None),
+    (b"\0\0\x19192.0.2.1\0", None),
+    (b"4", None),
+    (b"4\0", None),
+    (INET, None),
+    (INET + b"192.0.2.1", None),
+]
+
+
+@needs_redirection
+@pytest.mark.parametrize("piece", [1, 7, 100_000], ids=lambda size: f"in pieces of {size}")
+@pytest.mark.parametrize(("data", "address"), ADDRESSES, ids=lambda value: repr(value)[:40])
+def test_a_client_whose_address_cannot_be_read_is_one_of_an_unknown_address(
+    serve: Serve, data: bytes, address: ClientAddress, piece: int
+) -> None:
+    """libmilter would close the connection, and the MTA defer all mail of that client."""
+    app = Milter("test")
+    seen: list[tuple[str, ClientAddress]] = []
+
+    @app.on_connect
+    def connect(ctx: Context, hostname: str, shown: ClientAddress) -> Status:
+        seen.append((hostname, shown))
+        return Status.CONTINUE
+
+    client = serve(app).client()
+    client.negotiate()
+    packets = Packet(b"D", b"Cj\0mta.example\0").encode() + Packet(b"C", b"client.example\0" + data).encode()
+    for start in range(0, len(packets), max(piece, len(packets) // 100)):
+        client._socket.sendall(packets[start : start + max(piece, len(packets) // 100)])
+    assert read_answer(client.receive()).verdict is Verdict.CONTINUE
+    assert seen == [("client.example", address)]
+    assert client.helo() is None  # and what follows is read as it came
+    assert send_message(client).answer.verdict is Verdict.CONTINUE
+
+
 def test_a_packet_over_the_limit_of_the_data_size_ends_the_connection(peer: Peer) -> None:
     client = peer.greeted()
     client.mail("<ann>")
@@ -170,14 +248,60 @@ def test_a_packet_over_the_limit_of_the_data_size_ends_the_connection(peer: Peer
     assert is_well(peer)
 
 
-def test_commands_in_an_order_that_no_mta_sends_are_ignored(peer: Peer) -> None:
+OUT_OF_PLACE = [(b"E", b""), (b"L", b"a\0b\0"), (b"R", b"<bob>\0"), (b"T", b""), (b"N", b""), (b"B", b"x")]
+
+
+def test_commands_in_an_order_that_no_mta_sends_are_to_be_tried_again(peer: Peer) -> None:
+    """libmilter ignores them without an answer; where its system calls are redirected, they get one."""
     client = peer.client()
     client.negotiate()
-    for command, data in [(b"E", b""), (b"L", b"a\0b\0"), (b"R", b"<bob>\0"), (b"T", b""), (b"B", b"x"), (b"K", b"")]:
+    for command, data in OUT_OF_PLACE:
         client.send(command, data)
-    client.helo()  # answered
+        if libmilter.redirected:
+            assert read_answer(client.receive()).verdict is Verdict.TEMPFAIL
+    client.send(b"K", b"")
+    assert client.helo() is not None
     client.close()
     assert is_well(peer)
+
+
+def test_commands_out_of_place_of_stages_that_do_not_reply_get_no_answer(serve: Serve) -> None:
+    app = Milter("test")
+    bodies: list[bytes] = []
+    app.on_message(lambda ctx, message: bodies.append(message.body))
+    client = serve(app).greeted()
+    for command, data in OUT_OF_PLACE[1:]:
+        client.send(command, data)
+    assert send_message(client).answer.verdict is Verdict.CONTINUE
+    if libmilter.redirected:
+        client.send(b"E")
+        assert read_answer(client.receive()).verdict is Verdict.TEMPFAIL
+    assert send_message(client).answer.verdict is Verdict.CONTINUE
+    assert bodies == [b"text\r\n"] * 2
+
+
+@needs_redirection
+@pytest.mark.parametrize("end", ["rcpt", "data"])
+@pytest.mark.parametrize("state", ["data", "header", "eoh", "body"])
+def test_a_message_that_goes_on_after_the_server_has_refused_it_is_to_be_tried_again(
+    serve: Serve, state: str, end: str
+) -> None:
+    """So does Postfix after its smtpd_end_of_data_restrictions: libmilter would ignore it, and Postfix wait."""
+    app = everything()
+    client = serve(app).greeted()
+    begin_message(client)
+    steps: list[Callable[[], object]] = [
+        lambda: client.header("Subject", "test"),
+        client.eoh,
+        lambda: client.body(b"text\r\n"),
+    ]
+    for step in steps[: ("data", "header", "eoh", "body").index(state)]:
+        step()
+    answers = [client.rcpt("<eve>")] if end == "rcpt" else []
+    answers += [client.data(), client.header("Subject", "test")]
+    assert {answer and answer.verdict for answer in answers} == {Verdict.TEMPFAIL}
+    client.abort()
+    assert send_message(client).answer.verdict is Verdict.CONTINUE
 
 
 def test_a_message_before_any_offer_is_not_accepted(peer: Peer) -> None:
@@ -188,8 +312,8 @@ def test_a_message_before_any_offer_is_not_accepted(peer: Peer) -> None:
     assert is_well(peer)
 
 
-def test_an_mta_that_goes_on_after_the_verdict_gets_the_verdict_again(serve: Serve) -> None:
-    """A DISCARD of a recipient leaves libmilter in the envelope; what comes must not be accepted."""
+def test_an_mta_that_goes_on_after_the_verdict_is_told_to_try_again(serve: Serve) -> None:
+    """A DISCARD of a recipient leaves libmilter in the envelope; what comes may be another message."""
     app = Milter("test")
     stages: list[str] = []
 
@@ -203,8 +327,61 @@ def test_an_mta_that_goes_on_after_the_verdict_gets_the_verdict_again(serve: Ser
     client = serve(app).greeted()
     client.mail("<ann>")
     answers = [client.rcpt("<bob>"), client.rcpt("<carl>"), client.eoh()]
-    assert [answer and answer.verdict for answer in answers] == [Verdict.DISCARD] * 3
+    assert [answer and answer.verdict for answer in answers] == [Verdict.DISCARD, Verdict.TEMPFAIL, Verdict.TEMPFAIL]
     assert stages == ["rcpt"]
+
+
+ENVELOPE_AND_CONTENT = ("mail", "rcpt", "data", "header", "eoh", "body", "eom")
+
+
+ENDS = [
+    *[(stage, verdict) for stage in ENVELOPE_AND_CONTENT for verdict in (Status.ACCEPT, Status.DISCARD)],
+    *[(stage, verdict) for stage in ENVELOPE_AND_CONTENT for verdict in (Status.REJECT, Status.TEMPFAIL)],
+    ("eom", Status.CONTINUE),
+]
+ENDS = [(stage, verdict) for stage, verdict in ENDS if stage != "rcpt" or verdict in (Status.ACCEPT, Status.DISCARD)]
+
+
+@pytest.mark.parametrize(("stage", "verdict"), ENDS)
+@pytest.mark.parametrize("between", ["nothing", "unknown", "abort", "abort and unknown"])
+def test_a_message_that_begins_with_its_recipient_never_gets_the_verdict_of_the_one_before(
+    serve: Serve, stage: str, verdict: Status, between: str
+) -> None:
+    """The server ended the first message by itself, and the filter is told of the second one without MAIL."""
+    app = Milter("test")
+    seen: list[str] = []
+
+    def judge(ctx: Any, *arguments: Any) -> Status:
+        seen.append(str(arguments[0]) if arguments else "")
+        return verdict if ctx.sender == "first" else Status.CONTINUE
+
+    for each in (*ENVELOPE_AND_CONTENT, "unknown"):
+        getattr(app, f"on_{each}")(judge if each == stage else lambda ctx, *arguments: Status.CONTINUE)
+    client = serve(app).greeted()
+    steps: list[Callable[[], object]] = [
+        lambda: client.mail("<first>"),
+        lambda: client.rcpt("<bob>"),
+        client.data,
+        lambda: client.header("Subject", "test"),
+        client.eoh,
+        lambda: client.body(b"text\r\n"),
+        client.end_of_message,
+    ]
+    for step in steps[: ENVELOPE_AND_CONTENT.index(stage) + 1]:
+        step()
+    if "abort" in between:
+        client.abort()
+    if "unknown" in between:
+        client.unknown("FOO")
+
+    for letter, address in (b"R", b"<eve>"), (b"M", b"<second>"), (b"R", b"<carl>"):
+        client.send(letter, address + b"\0")
+    answers = [read_answer(client.receive()).verdict for _ in range(2)]
+    if answers[0] is Verdict.TEMPFAIL:  # else libmilter has ignored it without an answer
+        answers = [*answers[1:], read_answer(client.receive()).verdict]
+    assert answers == [Verdict.CONTINUE] * 2
+    assert "eve" not in seen
+    assert send_content(client).answer.verdict is Verdict.CONTINUE
 
 
 @pytest.mark.parametrize("before", ["accepted", "aborted", "greeted again"])
@@ -313,12 +490,14 @@ def test_a_piece_of_the_body_with_the_end_of_the_message_is_observed_before_it(s
 
 @pytest.mark.parametrize("length", [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x80\0\0\1"], ids=bytes.hex)
 def test_a_length_without_a_meaning_changes_nothing_for_the_packets_after_it(serve: Serve, length: bytes) -> None:
-    """libmilter takes it for a packet without data."""
+    """libmilter takes it for a packet without data, the end of a message of which there was no beginning."""
     app = Milter("test")
     app.on_body(lambda ctx, chunk: Status.REJECT)
     app.on_eom(lambda ctx: Status.CONTINUE)
     client = serve(app).greeted()
     client._socket.sendall(length + b"E")
+    if libmilter.redirected:
+        assert read_answer(client.receive()).verdict is Verdict.TEMPFAIL
     begin_message(client)
     client.eoh()
     answer = client.body(b"text\r\n")

@@ -106,6 +106,30 @@ def test_handlers_that_raise_and_refused_connections_are_counted(serve: Serve) -
     assert messages(figures) == {"tempfail": 1}
 
 
+def test_refused_recipients_are_counted_and_a_message_of_none_else_is_refused(serve: Serve) -> None:
+    app = Milter("test")
+
+    @app.on_rcpt
+    def choose(ctx: Context, recipient: str, params: object) -> Status:
+        return {"no@mta.example": Status.REJECT, "later@mta.example": Status.TEMPFAIL}.get(recipient, Status.CONTINUE)
+
+    peer = serve(app, metrics="0")
+    client = peer.greeted()
+    for recipients in (["no"], ["no", "no"], ["no", "later"], ["no", "bob"], ["bob"]):
+        client.mail("<ann@client.example>")
+        for recipient in recipients:
+            client.rcpt(f"<{recipient}@mta.example>")
+        client.abort()
+    client.mail("<ann@client.example>")
+    client.rcpt("<no@mta.example>")
+    client.rcpt("<bob@mta.example>")
+    client.data()
+    send_content(client)
+    figures = told(peer.server.metrics_address)
+    assert messages(figures) == {"reject": 2, "tempfail": 1, "abort": 2, "accept": 1}
+    assert labelled(figures, "milter_refused_recipients_total", "verdict") == {"reject": 6, "tempfail": 1}
+
+
 def test_how_long_handlers_took_is_told_for_stages_that_have_some(serve: Serve) -> None:
     app = Milter("test")
     app.on_header(lambda ctx, name, value: Status.CONTINUE)

@@ -33,7 +33,8 @@ FAULTS = ("malloc", "realloc", "calloc", "free", "open", "write")
 
 def compiled(directory: Path, flags: list[str]) -> Path:
     program = directory / "stress"
-    shim = ("milter_shim.c", "content.c", "changes.c", "macro_guard.c", "peer.c", "io.c", "turns.c", "child.c")
+    guards = ("macro_guard.c", "connect_guard.c", "peer.c")
+    shim = ("milter_shim.c", "content.c", "changes.c", *guards, "io.c", "turns.c", "child.c")
     sources = [*sorted((HERE / "stress").glob("*.c")), *(SHIM / name for name in shim)]
     command = [
         *shlex.split(os.environ.get("CC", "cc")),

@@ -30,10 +30,44 @@ def test_an_enhanced_code_of_another_class_is_refused(code: int, enhanced: str) 
         Reply(code, enhanced, "text")
 
 
-@pytest.mark.parametrize(("text", "name"), [("a\rb", "CR"), ("a\nb", "LF"), ("a\0b", "NUL")])
-def test_a_line_end_or_nul_in_a_line_is_refused_by_name(text: str, name: str) -> None:
-    with pytest.raises(ValueError, match=f"line 2 .* {name}"):
-        Reply(550, "5.7.1", "fine", text)
+# What strangers may write into a text that a handler quotes: as it is, and as it is sent.
+QUOTED = [
+    ("a\rb", "a b"),
+    ("a\nb", "a b"),
+    ("a\r\nb", "a b"),
+    ("folded\n \tvalue", "folded value"),
+    ("ends\n", "ends "),
+    ("a\n\nb", "a  b"),
+    ("a\0b", "a?b"),
+    ("a\tb", "a\tb"),
+    ("\x1b[2Jred\x07\x7f", "?[2Jred??"),
+    ("A\u008a250 2.1.5 fine", "A?250 2.1.5 fine"),
+    ("\u0080\u008d\u009b", "???"),
+    ("\udc8d\udc8a250 \udc80", "??250 ?"),
+    ("\ud800 \udbff \udc00 \udfff", "? ? ? ?"),
+]
+
+
+@pytest.mark.parametrize(("text", "sent"), QUOTED)
+def test_a_line_stays_one_line_whatever_it_quotes(text: str, sent: str) -> None:
+    reply = Reply(550, "5.7.1", "fine", text)
+    assert reply.encoded == reply.encoded_for_8_bits == (b"fine", sent.encode())
+    assert reply.lines == ("fine", text)
+
+
+def test_no_byte_that_becomes_nul_or_a_line_end_with_seven_bits_is_sent_to_a_server_that_may_be_sendmail() -> None:
+    stray, beyond = range(0xDC80, 0xDD00), (0x10000, 0x1F40A, 0x1F600, 0x1F64D, 0x2000B, 0x10FFFF)
+    for character in map(chr, (*range(0xA0, 0xD800), *stray, *range(0xE000, 0x10000), *beyond)):
+        raw = character.encode("utf-8", "surrogateescape")
+        sent = b"?" if {0x80, 0x8A, 0x8D} & set(raw) else raw
+        assert Reply(550, "5.7.1", f"A{character}250 fine").encoded == (b"A" + sent + b"250 fine",)
+
+
+def test_characters_that_sendmail_would_make_line_ends_of_are_left_to_servers_with_eight_bits() -> None:
+    reply = Reply(550, "5.7.1", "отправлено, \u010d, \u4e0a", "č")
+    assert reply.encoded[0].decode() == "отп?авлено, ?, ?"
+    assert reply.encoded_for_8_bits == ("отправлено, \u010d, \u4e0a".encode(), "č".encode())
+    assert str(reply) == "550 5.7.1 отправлено, \u010d, \u4e0a\n550 5.7.1 č"
 
 
 @pytest.mark.parametrize("count", [0, 33])
@@ -50,14 +84,22 @@ def test_percent_signs_are_doubled_exactly_once() -> None:
     assert Reply(550, "5.7.1", "100% %%s").encoded == (b"100%% %%%%s",)
 
 
-def test_a_line_may_have_980_bytes_after_escaping_and_no_more() -> None:
-    assert len(Reply(550, None, "%" * 490).encoded[0]) == 980
-    with pytest.raises(ValueError, match="982 bytes"):
-        Reply(550, None, "%" * 491)
-    with pytest.raises(ValueError, match="981 bytes"):
-        Reply(550, None, "x" * 981)
-    with pytest.raises(ValueError, match="bytes"):
-        Reply(550, None, "é" * 491)
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ("x" * 980, b"x" * 980),
+        ("%" * 490, b"%" * 980),
+        ("x" * 981, b"x" * 977 + b"..."),
+        ("%" * 491, b"%" * 976 + b"..."),
+        ("ü" * 491, "ü".encode() * 488 + b"..."),
+        ("\U0001f600" * 246, "\U0001f600".encode() * 244 + b"..."),
+        ("\udcff" * 2000, b"\xff" * 977 + b"..."),
+        ("x" * 1_000_000, b"x" * 977 + b"..."),
+    ],
+    ids=lambda value: repr(value[:3]),
+)
+def test_a_line_is_cut_between_two_characters_where_libmilter_would_send_none_of_it(text: str, sent: bytes) -> None:
+    assert Reply(550, None, text).encoded_for_8_bits == (sent,)
 
 
 def test_text_is_sent_as_utf_8_and_bytes_go_back_as_they_came() -> None:

@@ -86,7 +86,8 @@ enum {
     CHUNK = 256,       /* entries that are allocated at once */
     CHUNKS = 4096,     /* descriptors above CHUNK * CHUNKS are served without a block */
     LOOK = 1,          /* milliseconds between two looks at the queue, while there is one */
-    YIELDS = 2         /* times that a thread gives way before it goes to sleep */
+    YIELDS = 2,        /* times that a thread gives way before it goes to sleep */
+    CONNECT = 'C'      /* the letter of that command */
 };
 
 /* Nanoseconds in which a worker should come for one of the sessions in the queue. */
@@ -110,8 +111,10 @@ struct connection {
     int timeout;  /* milliseconds, of libmilter's last poll */
     unsigned header_size; /* bytes of a packet's length and letter that libmilter has read */
     uint32_t data_size;   /* told by that length, the letter included */
-    uint32_t data_left;   /* bytes of data that it will read, before the next header */
+    uint32_t data_left;   /* bytes of data that it will read, before the next header; into one piece of memory */
     char command;         /* the letter that it has read last */
+    bool unheard;         /* that command is due an answer, and the shim has not heard of it */
+    char due[8];          /* the letters of commands that are due an answer, see milter_io_answer */
     struct block *block;
     unsigned input_begin, input_end;
     unsigned output_begin, output_end;
@@ -364,6 +367,8 @@ static void adopt(int fd, bool tcp)
     connection->timeout = -1;
     connection->header_size = 0;
     connection->data_left = 0;
+    connection->unheard = false;
+    connection->due[0] = '\0';
     atomic_store(&connection->open, true);
 }
 
@@ -526,11 +531,21 @@ static uint32_t data_after(uint32_t length)
     return length > 0 && length - 1 <= INT32_MAX ? length - 1 : 0;
 }
 
+static bool is_due(const struct connection *connection)
+{
+    return connection->command != '\0' && strchr(connection->due, connection->command) != NULL;
+}
+
 /* By whoever serves the session: libmilter reads the five bytes of a header, in pieces perhaps, then the data. */
-static void follow(struct connection *connection, const unsigned char *bytes, size_t size)
+static void follow(struct connection *connection, unsigned char *bytes, size_t size)
 {
     if (connection->data_left > 0) {
         connection->data_left -= size < connection->data_left ? (uint32_t)size : connection->data_left;
+        if (connection->data_left == 0 && connection->command == CONNECT) {
+            const size_t all = data_after(connection->data_size);
+            milter_mend_client((char *)bytes + size - all, all);
+        }
+        connection->unheard = connection->data_left == 0 && is_due(connection);
         return;
     }
     for (; size > 0; bytes++, size--) {
@@ -541,6 +556,7 @@ static void follow(struct connection *connection, const unsigned char *bytes, si
         connection->command = (char)*bytes;
         connection->header_size = 0;
         connection->data_left = data_after(connection->data_size);
+        connection->unheard = connection->data_left == 0 && is_due(connection);
     }
 }
 
@@ -565,6 +581,21 @@ static ssize_t read_some(struct connection *connection, int fd, char *buffer, si
 }
 
 /* ---- Waiting for input ------------------------------------------------------------------- */
+
+/*
+ * By whoever serves the session: libmilter has read a whole command, and asks for the next one without having called
+ * the shim. It ignores what cannot follow the command before, and the MTA would wait for an answer until it takes the
+ * filter for broken, and passes mail perhaps. Postfix does that after a message that it refused at its end
+ * (smtpd_end_of_data_restrictions): whatever the client says then belongs to no message that the filter knows of.
+ */
+static void answer_ignored(struct connection *connection, int fd)
+{
+    static char temporary_failure[] = {0, 0, 0, 1, 't'};
+    const struct iovec answer = {temporary_failure, sizeof temporary_failure};
+
+    connection->unheard = false;
+    (void)write_parts(connection, fd, &answer, 1); /* if it fails, the next call says so */
+}
 
 /* Is there anything that libmilter should look at? */
 static bool has_news(const struct connection *connection)
@@ -592,6 +623,8 @@ static int await_input(struct connection *connection, struct pollfd *fds, int ti
 
     fds->revents = 0;
     leave_queue(connection);
+    if (connection->unheard)
+        answer_ignored(connection, fd);
     if (!between)
         connection->timeout = timeout;
     if (has_news(connection))
@@ -635,6 +668,22 @@ char milter_io_command(void)
 const char *milter_io_data_end(void)
 {
     return last_read.end;
+}
+
+void milter_io_answer(int fd, const char *letters)
+{
+    struct connection *connection = connection_of(fd);
+
+    if (connection != NULL)
+        snprintf(connection->due, sizeof connection->due, "%s", letters);
+}
+
+void milter_io_heard(int fd)
+{
+    struct connection *connection = connection_of(fd);
+
+    if (connection != NULL)
+        connection->unheard = false;
 }
 
 bool milter_io_flush(int fd)
@@ -889,6 +938,17 @@ char milter_io_command(void)
 const char *milter_io_data_end(void)
 {
     return NULL;
+}
+
+void milter_io_answer(int fd, const char *letters)
+{
+    (void)fd;
+    (void)letters;
+}
+
+void milter_io_heard(int fd)
+{
+    (void)fd;
 }
 
 bool milter_io_flush(int fd)

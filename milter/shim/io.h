@@ -8,6 +8,7 @@
 #define MILTER_IO_H
 
 #include <stdbool.h>
+#include <stddef.h>
 
 /*
  * The descriptor that the calling thread has read last, by a thread of
@@ -22,6 +23,14 @@ int milter_io_descriptor(void);
  */
 char milter_io_command(void);
 const char *milter_io_data_end(void);
+
+/*
+ * By the thread that serves a connection. Commands of these letters (seven at most)
+ * are due an answer: one of which the shim does not hear, since libmilter ignores it,
+ * gets a temporary failure. Of the others it has heard says each callback.
+ */
+void milter_io_answer(int fd, const char *letters);
+void milter_io_heard(int fd);
 
 /*
  * Write what was gathered for this connection, and wait for a peer that reads
@@ -53,6 +62,9 @@ int milter_io_log_to(int fd);
  * connections, and can be given listeners of any. Before the first connection.
  */
 void milter_io_expect(int family);
+
+/* For io.c, see connect_guard.c: the data of a CONNECT, which belongs to libmilter. */
+void milter_mend_client(char *data, size_t size);
 
 /* Has the linker redirected libmilter's calls to io.c, all that the build names? */
 bool milter_io_wrapped(void);

@@ -142,7 +142,7 @@ struct milter_session {
     bool message_deferred; /* the same within the message */
     bool lost; /* a part of the log is missing: Python must not judge by the rest */
     enum failure failure;
-    sfsistat decision; /* of a message that was decided before its end, while the MTA goes on with it */
+    sfsistat decision; /* of a message that ended with a piece of its body, in one packet with its end; else to go on */
     struct buffer log;
     struct buffer chunks; /* of the body, for the records B in the log */
     size_t message_mark;  /* where the message begins in the log */
@@ -224,7 +224,7 @@ static struct milter_session *new_session(SMFICTX *ctx, struct milter_run *run)
     session->client_unread = session->client_deferred = session->message_deferred = false;
     session->lost = false;
     session->failure = SOUND;
-    session->decision = SMFIS_TEMPFAIL;
+    session->decision = SMFIS_CONTINUE;
     session->log = session->chunks = (struct buffer){NULL, 0, 0};
     session->message_mark = session->record_mark = session->header_size = 0;
     content_init(&session->content);
@@ -316,8 +316,10 @@ static struct milter_session *session_of(SMFICTX *ctx)
 
     if (session == NULL)
         session = resume(ctx);
-    if (session != NULL)
+    if (session != NULL) {
         session->record_mark = session->log.size;
+        milter_io_heard(session->descriptor);
+    }
     return session;
 }
 
@@ -644,9 +646,12 @@ static sfsistat conclude(struct milter_session *session, enum milter_stage stage
     bool told = false;
 
     if (stage >= MILTER_RCPT && stage <= MILTER_EOM && !session->in_message) {
-        /* An MTA that goes on with a message after its verdict gets the verdict again. */
+        /*
+         * What was said of the message before must not be said of this one, whose sender was not
+         * told: Postfix has begun a message with RCPT after one that was accepted at MAIL.
+         */
         session->log.size = session->record_mark;
-        return silent ? SMFIS_NOREPLY : session->decision;
+        return silent ? SMFIS_NOREPLY : SMFIS_TEMPFAIL;
     }
     if (session->run->plan.mode[stage] == MILTER_DEFER)
         *(session->in_message ? &session->message_deferred : &session->client_deferred) = true;
@@ -669,7 +674,6 @@ static sfsistat conclude(struct milter_session *session, enum milter_stage stage
     if (verdict == SMFIS_SKIP && (stage != MILTER_BODY || (session->steps & SMFIP_SKIP) == 0))
         verdict = SMFIS_CONTINUE; /* Sendmail answers a SKIP elsewhere by leaving out the body */
     if (session->in_message && ends_message(stage, verdict)) {
-        session->decision = stage != MILTER_EOM ? verdict : SMFIS_TEMPFAIL;
         if (!told)
             forget_message(session);
         end_message(session);
@@ -680,7 +684,6 @@ static sfsistat conclude(struct milter_session *session, enum milter_stage stage
 /* Once for each message that was begun and not decided, however often the MTA says ABORT. */
 static void abort_message(struct milter_session *session)
 {
-    session->decision = SMFIS_TEMPFAIL; /* what comes now belongs to no message, or to one that begins */
     if (!session->in_message)
         return;
     if (session->run->plan.mode[MILTER_ABORT] == MILTER_ENTER || session->tracked || session->message_deferred) {
@@ -723,6 +726,19 @@ static struct milter_run *run_of(unsigned long *offered_actions)
 }
 
 /* ---- libmilter's callbacks: each by a thread of libmilter, one at a time for a connection - */
+
+/* By on_negotiate. libmilter ignores a command that is out of place; where one is due an answer, it gets it all the same. */
+static void answer_within_messages(const struct milter_session *session)
+{
+    static const char letters[] = "RTLNBE"; /* from MILTER_RCPT to MILTER_EOM */
+    char due[sizeof letters] = "";
+    size_t n = 0;
+
+    for (int stage = MILTER_RCPT; stage <= MILTER_EOM; stage++)
+        if ((session->steps & no_reply_bit[stage]) == 0)
+            due[n++] = letters[stage - MILTER_RCPT];
+    milter_io_answer(session->descriptor, due);
+}
 
 /* The session that this makes belongs to libmilter's context, until on_close takes it back. */
 static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsigned long offered_steps,
@@ -781,6 +797,7 @@ static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsign
     session->actions = *actions;
     session->steps = *steps;
     pthread_mutex_unlock(&session->lock);
+    answer_within_messages(session);
     return SMFIS_CONTINUE;
 }
 
@@ -922,6 +939,7 @@ static sfsistat on_body(SMFICTX *ctx, unsigned char *chunk, size_t size)
 
     if (session == NULL)
         return HANG_UP;
+    const bool within = session->in_message;
     gather(session, chunk, size);
     if (ignored(session, MILTER_BODY)) {
         chunk = NULL;
@@ -931,7 +949,11 @@ static sfsistat on_body(SMFICTX *ctx, unsigned char *chunk, size_t size)
         log_number(session, size);
     }
     const sfsistat verdict = conclude(session, MILTER_BODY, chunk, size);
-    return milter_io_command() == END_OF_MESSAGE ? SMFIS_CONTINUE : verdict;
+    if (milter_io_command() != END_OF_MESSAGE)
+        return verdict;
+    if (within && !session->in_message)
+        session->decision = verdict;
+    return SMFIS_CONTINUE;
 }
 
 static sfsistat on_eom(SMFICTX *ctx)
@@ -940,6 +962,10 @@ static sfsistat on_eom(SMFICTX *ctx)
 
     if (session == NULL)
         return HANG_UP;
+    const sfsistat decision = session->decision;
+    session->decision = SMFIS_CONTINUE;
+    if (decision != SMFIS_CONTINUE)
+        return decision;
     log_text(session, "E");
     return conclude(session, MILTER_EOM, NULL, 0);
 }
@@ -1274,13 +1300,30 @@ static size_t packet_size(const char *first, const char *second)
     return sizeof(uint32_t) + strlen(first) + 1 + (second != NULL ? strlen(second) + 1 : 0);
 }
 
+/*
+ * Under the session's lock. libmilter knows names of one letter with and without braces; longer ones only as the MTA
+ * has written them, and not all MTAs write the braces.
+ */
+static const char *macro_of(SMFICTX *ctx, const char *name)
+{
+    const char *value = smfi_getsymval(ctx, text(name));
+    const size_t length = strlen(name);
+    char bare[128];
+
+    if (value != NULL || length < 4 || length - 2 >= sizeof bare || name[0] != '{')
+        return value;
+    memcpy(bare, name + 1, length - 2);
+    bare[length - 2] = '\0';
+    return smfi_getsymval(ctx, bare);
+}
+
 /* Under the session's lock, which it gives back; see milter_macro. */
 static int copy_macro(struct milter_session *session, const char *name, char *buffer, size_t size)
 {
     int result = MILTER_ABSENT;
 
     milter_mend_macros(session->ctx);
-    const char *value = smfi_getsymval(session->ctx, text(name));
+    const char *value = macro_of(session->ctx, name);
     if (value != NULL) {
         const size_t length = strlen(value);
         if (length < size)

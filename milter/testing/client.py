@@ -20,6 +20,7 @@ from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Self
 
+from milter.protocol import macro_name
 from milter.testing.delivery import Delivery, DeliveryModel, Envelope, Header, Mailbox, Message
 from milter.testing.wire import (
     ALL_ACTIONS,
@@ -131,9 +132,9 @@ class EndOfMessage:
 class Session:
     """An SMTP session as the MTA sees it.
 
-    ``macros``: more macros, or other values than the usual ones; names longer than a letter have
-    braces. What is defined here is sent at each stage whose list names it. ``stage_macros`` are sent
-    at their stage, whatever its list says. ``unasked``: the lists of a milter that asks for none.
+    ``macros``: more macros, or other values than the usual ones; braces may be left out. What is
+    defined here is sent at each stage whose list names it. ``stage_macros`` are sent at their stage,
+    whatever its list says. ``unasked``: the lists of a milter that asks for none.
     """
 
     hostname: str = "client.example"
@@ -354,9 +355,9 @@ class Client:
     def macros(self, stage: bytes, values: Mapping[str, str]) -> None:
         """Send the macros of the stage that comes next, replacing those sent for it before.
 
-        Names longer than a letter go out in braces: ``i``, ``{auth_authen}``.
+        Names longer than a letter go out in braces, given with or without them: ``i``, ``{auth_authen}``.
         """
-        pairs = [text for name, value in values.items() for text in (_braced(name), value)]
+        pairs = [text for name, value in values.items() for text in (macro_name(name), value)]
         self.send(Command.MACRO, bytes(stage) + join_strings(*pairs))
 
     def connect_info(
@@ -490,10 +491,6 @@ class Client:
                 self._conversation.reset()
             self.quit()
         self.close()
-
-
-def _braced(name: str) -> str:
-    return name if len(name) <= 1 or name.startswith("{") else f"{{{name}}}"
 
 
 # ---- a session, the way of Postfix
@@ -722,7 +719,7 @@ class _Conversation:
         more = self._session.stage_macros.get(stage, {})
         if names is None and not more:
             return
-        values = self._values | dict(self._session.macros)
+        values = self._values | {macro_name(name): value for name, value in self._session.macros.items()}
         listed = {name: values[name] for name in (names or "").split() if name in values}
         self._client.macros(stage, {**listed, **more})
 

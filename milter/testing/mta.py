@@ -23,6 +23,7 @@ from typing import Any, Protocol, Self, TypeAlias
 
 from milter.app import Milter
 from milter.errors import HandlerError
+from milter.protocol import macro_name
 from milter.testing.client import Client, ClientAddress, Session, Transcript
 from milter.testing.delivery import DeliveryModel, Envelope, Mailbox, Message, Postfix, Sendmail
 from milter.testing.rehearsal import Rehearsal, RehearsedConnection
@@ -160,7 +161,7 @@ class MTA:
     ) -> "SMTPSession":
         """An SMTP session for several messages; a context manager. For the arguments see `send`."""
         hostname, address = _who(client)
-        session = Session(hostname, address, helo, {**_VERSIONS.get(self.model, {}), **_braced(macros)})
+        session = Session(hostname, address, helo, {**_VERSIONS.get(self.model, {}), **_named(macros)})
         return SMTPSession(self, session)
 
     def client(self, timeout: float | None = 10.0) -> Client:
@@ -224,7 +225,7 @@ class SMTPSession:
         macros: Mapping[str, str] | None = None,
     ) -> Result:
         """Send a message; for the arguments see `MTA.send`. ``macros`` are those of this message alone."""
-        return self._result(self._converse(sender, recipients, message, params, _braced(macros)))
+        return self._result(self._converse(sender, recipients, message, params, _named(macros)))
 
     def _converse(
         self,
@@ -431,7 +432,6 @@ def _who(client: str | ClientAddress | None) -> tuple[str, ClientAddress]:
     return name or unnamed, address
 
 
-def _braced(macros: Mapping[str, str] | None) -> dict[str, str]:
-    """With names as the client has them: those longer than a letter in braces."""
-    bare = {name.removeprefix("{").removesuffix("}"): value for name, value in (macros or {}).items()}
-    return {name if len(name) <= 1 else f"{{{name}}}": value for name, value in bare.items()}
+def _named(macros: Mapping[str, str] | None) -> dict[str, str]:
+    """By the names that MTAs give them."""
+    return {macro_name(name): value for name, value in (macros or {}).items()}

@@ -134,8 +134,6 @@ class _Session:
         self.failed = failed
         """Something is unknown: all is refused."""
         self.message: _Message | None = None
-        self.decision = "t"
-        """What a command of a message gets, where there is none."""
         self._owed: dict[str, bool] = {}
         self._verdict_on_header = ""
 
@@ -182,13 +180,12 @@ class _Session:
         return self._stage("unknown", command)
 
     def abort(self) -> None:
-        self.decision = "t"
         self._forget_message()
 
     def end_of_message(self) -> tuple[str, Callable[[Sequence[Packet]], str]]:
         message = self.message
         if message is None:
-            return self.decision, _nothing
+            return "t", _nothing
         texts = [message.sender, *(part for entry in message.fields for part in entry), message.body]
         order = _order("eom", *texts)
         answer = "t" if self._owed else self._verdict_on_header or self._at_the_end(message, order)
@@ -207,7 +204,7 @@ class _Session:
     def _stage(self, stage: str, *texts: bytes) -> str:
         """The answer, or "" where the library says nothing."""
         if stage in _WITHIN and self.message is None:
-            return "" if self.silent(stage) else self.decision
+            return "" if self.silent(stage) else "t"
         answer = self._handled(stage, *texts)
         if self.silent(stage):
             return ""
@@ -217,7 +214,7 @@ class _Session:
             self._skip(stage)
             answer = "c"  # no filter here asks for SKIP: on_message wants all of the body
         if self._decides(stage, answer):
-            self._decide(answer)
+            self._forget_message()
         return answer
 
     def _handled(self, stage: str, *texts: bytes) -> str:
@@ -255,10 +252,6 @@ class _Session:
         if self.message is None or stage == "unknown" or answer == "c":
             return False
         return answer in ("a", "d") if stage == "rcpt" else True
-
-    def _decide(self, answer: str) -> None:
-        self.decision = {"4": "t", "5": "r"}.get(answer, answer)
-        self._forget_message()
 
     def _forget_message(self) -> None:
         self.message = None
@@ -368,6 +361,7 @@ _NEXT = {
 }
 _IN_MESSAGE = "MRTLNB"
 _NEEDS_DATA = "DBCHLMORU"
+_OF_A_MESSAGE = "RTLNBE"
 
 
 class Process:
@@ -449,6 +443,8 @@ class Model:
         if letter != "D" and not self._enter(letter):
             if letter == "Q":
                 self._close()
+            elif self._process.redirected and self._negotiated and letter in _OF_A_MESSAGE:
+                self._answer_ignored(letter)
             return
         if letter in _NEEDS_DATA and not data:
             self._close()
@@ -466,6 +462,11 @@ class Model:
             self._session.abort()
         self._state = "H"
         return self._process.leads("H", letter)
+
+    def _answer_ignored(self, letter: str) -> None:
+        """libmilter says nothing, and the library in its stead that it is to be tried again."""
+        if not self._steps & SILENCE.get(letter.encode(), 0):
+            self.prediction.answers.append(Expected(Command(letter.encode()).name, "t"))
 
     def _read(self, letter: str, data: bytes) -> None:
         if letter == "O":
@@ -542,7 +543,7 @@ class Model:
 
     def _connect(self, data: bytes) -> str | None:
         hostname = data.partition(b"\0")[0]
-        if not _is_connect(data):
+        if not _is_connect(data, self._process.redirected):
             self._close()
             return None
         return self._session_of(connect=True).connect(hostname)
@@ -585,9 +586,10 @@ class Model:
             self.prediction.loose = True  # what libmilter makes of it, see docs/libmilter.md
         if self.over:
             return None
+        within = session.message is not None
         piece = session.body(data) if data else ""
-        answer, changes = session.end_of_message()
-        answer = piece if piece in ("4", "5") else answer  # the reply waits in libmilter
+        decided = within and session.message is None
+        answer, changes = (piece, _nothing) if decided else session.end_of_message()
         self._answer("E", answer, changes)
         return None
 
@@ -608,12 +610,12 @@ def _arguments(data: bytes) -> list[bytes]:
     return data[: data.rindex(b"\0")].split(b"\0")
 
 
-def _is_connect(data: bytes) -> bool:
+def _is_connect(data: bytes, redirected: bool) -> bool:
     end = data.find(b"\0")
     if end < 0 or end + 1 >= len(data):
         return False
     family, rest = data[end + 1 : end + 2], data[end + 2 :]
-    if family == b"U":
+    if family == b"U" or redirected:  # an address that cannot be read is then an unknown one
         return True
     if len(rest) <= 2 or data[-1:] != b"\0":
         return False

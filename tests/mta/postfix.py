@@ -92,6 +92,7 @@ _PLAIN_OPTIONS = (
     "smtpd_recipient_restrictions=",
     "smtpd_data_restrictions=",
     "smtpd_end_of_data_restrictions=",
+    "smtpd_proxy_filter=",
     "cleanup_service_name=plain-cleanup",
 )
 
