@@ -25,6 +25,7 @@ earlier milter deleted fields (Sendmail goes on counting them) or put some above
 inserted in the middle may be some places off; changing, deleting and adding are not affected.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import NamedTuple
@@ -276,7 +277,7 @@ class _HeaderChanges:
 
     def _change(self, position: int, value: bytes | None) -> Change:
         name = self._names[position]
-        number = self._headers._positions()[name.lower()].index(position) + 1
+        number = bisect_right(self._headers._positions()[name.lower()], position)
         return Change("m", (b"%d" % number, name, b"" if value is None else self._prefix + value))
 
     def _add(self, field: NewField) -> Change:

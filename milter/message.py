@@ -262,13 +262,14 @@ class Recipients(Editable, Sequence[Address]):
     Recipients(['bob@mta.example', 'archive@mta.example'])
     """
 
-    __slots__ = ("_added", "_known", "_received", "_removed")
+    __slots__ = ("_added", "_known", "_now", "_received", "_removed")
 
     def __init__(self, received: Sequence[Address], frozen: bool) -> None:
         """By a Message. No part of a message refers to it: a cycle would keep it in memory for a while."""
         self._frozen = frozen
         self._received = received
-        self._known: frozenset[str] | None = None
+        self._known: dict[str, list[Address]] | None = None
+        self._now: Sequence[Address] | None = None  # None after an edit
         self._removed: set[str] = set()
         self._added: dict[str, Address] = {}
 
@@ -289,7 +290,8 @@ class Recipients(Editable, Sequence[Address]):
         bare, parameters = without_brackets(address), (params or "").split()
         if bare in self:
             return
-        received = [known for known in self._received if known == bare]
+        self._now = None
+        received = self._received_as(bare)
         if len(received) == 1 and list(received[0].params.raw) == parameters:
             self._removed.remove(bare)
         else:
@@ -304,7 +306,8 @@ class Recipients(Editable, Sequence[Address]):
         checks.recipient(address)
         bare = without_brackets(address)
         if bare not in self:
-            raise ValueError(f"{address!r} is not among the recipients: {list(map(str, self))!r}")
+            raise ValueError(f"{address!r} is not among the recipients: {list(map(str, self[:20]))!r}")
+        self._now = None
         self._added.pop(bare, None)
         self._removed.add(bare)
 
@@ -330,10 +333,8 @@ class Recipients(Editable, Sequence[Address]):
     def __contains__(self, address: object) -> bool:
         if not isinstance(address, str):
             return False
-        if self._known is None:
-            self._known = frozenset(self._received)
         bare = without_brackets(address)
-        return bare in self._added or (bare in self._known and bare not in self._removed)
+        return bare in self._added or (bare not in self._removed and bool(self._received_as(bare)))
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Recipients | list | tuple):
@@ -345,7 +346,17 @@ class Recipients(Editable, Sequence[Address]):
     def __repr__(self) -> str:
         return f"Recipients({list(map(str, self))!r})"
 
+    def _received_as(self, bare: str) -> Sequence[Address]:
+        """Those of this address that the client gave."""
+        if self._known is None:
+            self._known = {}
+            for recipient in self._received:
+                self._known.setdefault(recipient, []).append(recipient)
+        return self._known.get(bare, ())
+
     def _current(self) -> Sequence[Address]:
         if not self._removed and not self._added:
             return self._received
-        return [known for known in self._received if known not in self._removed] + list(self._added.values())
+        if self._now is None:
+            self._now = [known for known in self._received if known not in self._removed] + list(self._added.values())
+        return self._now
