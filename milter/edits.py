@@ -28,7 +28,7 @@ inserted in the middle may be some places off; changing, deleting and adding are
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from milter import checks
 from milter.headers import END, Headers, NewField
@@ -179,7 +179,7 @@ class _HeaderChanges:
         self._asked: Numbering | None = None
         self._headers = headers
         self._changed = headers._changed
-        self._new = headers._new
+        self._new: dict[int, Any] = {**headers._new}
         # The names of new fields that were added so far.
         self._added: set[bytes] = set()
 
@@ -189,8 +189,7 @@ class _HeaderChanges:
 
     def result(self) -> list[Change]:
         if END in self._new:
-            self._new = {**self._new, len(self._names): self._new[END]}
-            del self._new[END]
+            self._new[len(self._names)] = self._new.pop(END)
         if self._changed:
             if self._new and self._headers.raw == tuple(self._headers._fields()):
                 return []

@@ -8,7 +8,9 @@ fields in the gaps between them. So a message that nobody edits costs nothing, o
 
 import sys
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeVar, overload
 
 from milter import checks
@@ -106,10 +108,11 @@ class Headers(Editable):
         self._raw: tuple[tuple[bytes, bytes], ...] | None = None
         # The edits: new values by position (None: deleted), and new fields by gap, each in order.
         self._changed: dict[int, bytes | None] = {}
-        self._new: dict[int, list[NewField]] = {}
+        self._new: dict[int, deque[NewField]] = {}
         # What comes of them: the fields that are there now, of each name of which fields were added or deleted, and
-        # how many more there are than were received. So no loop of edits goes through all earlier ones each time.
-        self._found: dict[bytes, list[Place]] = {}
+        # how many more there are than were received. So a loop of edits does not go through all earlier ones each time.
+        # Deques, for a list moves all it has when one is inserted at the top.
+        self._found: dict[bytes, deque[Place]] = {}
         self._grown = 0
 
     # ---- reading
@@ -194,14 +197,16 @@ class Headers(Editable):
             return
         self._assign(places[0], value)
         if len(places) > 1:
-            self._delete(key, slice(1, None))
+            self._delete(key, 1, len(places) - 1)
 
     def __delitem__(self, name: str) -> None:
         """Delete all fields of this name; ``KeyError`` if there is none."""
         self._require_open()
-        if name not in self:
+        key = _key(name)
+        places = self._find(key)
+        if not places:
             raise KeyError(name)
-        self._delete(_key(name), slice(None))
+        self._delete(key, 0, len(places))
 
     def add(self, name: str, value: str) -> None:
         """Add a field at the end, whether or not there are others of that name.
@@ -226,7 +231,7 @@ class Headers(Editable):
         gap, offset = self._gap_above(index)
         field = NewField(gap, _key(name), encoded_name, encoded_value)
         self._found_to_edit(field.key).insert(self._rank(field.key, gap, offset), field)
-        self._new.setdefault(gap, []).insert(offset, field)
+        self._new.setdefault(gap, deque()).insert(offset, field)
         self._grown += 1
 
     def replace(self, name: str, value: str | None, index: int = 1) -> None:
@@ -244,7 +249,7 @@ class Headers(Editable):
         if index > len(places):
             raise KeyError(f"{name} (number {index} of {len(places)})" if places else name)
         if value is None:
-            self._delete(_key(name), slice(index - 1, index))
+            self._delete(_key(name), index - 1, 1)
         else:
             self._assign(places[index - 1], value)
 
@@ -292,16 +297,16 @@ class Headers(Editable):
         return key in self._positions()
 
     def _find(self, key: bytes) -> Sequence[Place]:
-        """The fields of this name that are there now, in order. A list that is not to be changed."""
+        """The fields of this name that are there now, in order; not to be changed."""
         found: Sequence[Place] | None = self._found.get(key)
         if found is None:
             found = self._positions()[key] if self._was_received(key) else ()
         return found
 
-    def _found_to_edit(self, key: bytes) -> list[Place]:
-        """The same, as a list that is to be changed with the fields."""
+    def _found_to_edit(self, key: bytes) -> deque[Place]:
+        """The same, to be changed with the fields."""
         if key not in self._found:
-            self._found[key] = [*self._find(key)]
+            self._found[key] = deque(self._find(key))
         return self._found[key]
 
     def _value(self, place: Place) -> bytes:
@@ -343,15 +348,15 @@ class Headers(Editable):
 
     def _rank(self, key: bytes, gap: int, offset: int) -> int:
         """Where a new field of this name will be among those of its name."""
-        found, new, order = self._found_to_edit(key), self._new.get(gap, []), float(gap)
+        found, new, order = self._found_to_edit(key), self._new.get(gap, ()), float(gap)
         if offset == len(new):
             return bisect_right(found, order, key=_order)
-        return bisect_left(found, order, key=_order) + sum(field.key == key for field in new[:offset])
+        return bisect_left(found, order, key=_order) + sum(field.key == key for field in islice(new, offset))
 
     def _append(self, key: bytes, name: bytes, value: bytes) -> None:
         field = NewField(END, key, name, value)
         self._found_to_edit(key).append(field)
-        self._new.setdefault(END, []).append(field)
+        self._new.setdefault(END, deque()).append(field)
         self._grown += 1
 
     def _assign(self, place: Place, value: str) -> None:
@@ -368,16 +373,17 @@ class Headers(Editable):
         else:
             self._changed[place] = encoded
 
-    def _delete(self, key: bytes, which: slice) -> None:
-        """Some of the fields of this name."""
+    def _delete(self, key: bytes, first: int, count: int) -> None:
+        """So many fields of this name, from the one that has `first` of them above it."""
         found = self._found_to_edit(key)
-        deleted = found[which]
-        del found[which]
+        found.rotate(-first)
+        deleted = [found.popleft() for _ in range(count)]
+        found.rotate(first)
         self._grown -= len(deleted)
         self._changed.update(dict.fromkeys(place for place in deleted if isinstance(place, int)))
         gone = set(deleted)
         for gap in {place.gap for place in deleted if isinstance(place, NewField)}:
-            self._new[gap] = [field for field in self._new[gap] if field not in gone]
+            self._new[gap] = deque(field for field in self._new[gap] if field not in gone)
 
 
 def _key(name: str) -> bytes:

@@ -204,16 +204,21 @@ class _Email(EmailMessage):
 
     def get_payload(self, i: int | None = None, decode: bool = False) -> Any:
         payload = self._payload  # type: ignore[attr-defined]
-        if i is None and not decode and isinstance(payload, str) and not payload.isascii():
-            with suppress(UnicodeEncodeError):  # it is not as it was received
-                return _decoded(payload.encode("ascii", "surrogateescape"), self.get_content_charset("ascii"))
-        return super().get_payload(i, decode)  # type: ignore[call-overload]
+        if i is not None or decode or not isinstance(payload, str) or payload.isascii():
+            return super().get_payload(i, decode)  # type: ignore[call-overload]
+        if self.get_content_maintype() == "multipart":  # without parts: as it was received, to be written again
+            return payload
+        try:
+            return _decoded(payload.encode("ascii", "surrogateescape"), self.get_content_charset("ascii"))
+        except UnicodeEncodeError:  # it was not received, but set
+            return payload
 
     def as_string(self, unixfrom: bool = False, maxheaderlen: int | None = None, policy: Any = None) -> str:
         try:
-            return super().as_string(unixfrom, maxheaderlen, policy)
-        except (LookupError, ValueError):  # a charset that there is not, or that does not have the characters
+            text = super().as_string(unixfrom, maxheaderlen, policy)
+        except Exception:  # of a charset that there is not, or that does not have the characters
             return self.as_bytes(unixfrom, policy).decode("utf-8", "replace")
+        return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 class _Parser(BytesFeedParser):
