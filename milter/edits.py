@@ -25,21 +25,22 @@ earlier milter deleted fields (Sendmail goes on counting them) or put some above
 inserted in the middle may be some places off; changing, deleting and adding are not affected.
 """
 
-import logging
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from milter import checks
 from milter.headers import END, Headers, NewField
 from milter.message import Message
 from milter.printable import printable
 from milter.protocol import Actions
+from milter.safe_log import SafeLog
 
 __all__ = ["Change", "Numbering", "changes", "needed"]
 
-log = logging.getLogger("milter")
+log = SafeLog("milter")
 
 _GRANTS = {
     "h": Actions.ADD_HEADER,
@@ -195,7 +196,7 @@ class _HeaderChanges:
         self._asked: Numbering | None = None
         self._headers = headers
         self._changed = headers._changed
-        self._new = headers._new
+        self._new: dict[int, Any] = {**headers._new}
         # The names of new fields that were added so far.
         self._added: set[bytes] = set()
 
@@ -205,8 +206,7 @@ class _HeaderChanges:
 
     def result(self) -> list[Change]:
         if END in self._new:
-            self._new = {**self._new, len(self._names): self._new[END]}
-            del self._new[END]
+            self._new[len(self._names)] = self._new.pop(END)
         if self._changed:
             if self._new and self._headers.raw == tuple(self._headers._fields()):
                 return []
@@ -293,7 +293,7 @@ class _HeaderChanges:
 
     def _change(self, position: int, value: bytes | None) -> Change:
         name = self._names[position]
-        number = self._headers._positions()[name.lower()].index(position) + 1
+        number = bisect_right(self._headers._positions()[name.lower()], position)
         return Change("m", (b"%d" % number, name, b"" if value is None else self._prefix + value))
 
     def _add(self, field: NewField) -> Change:

@@ -7,7 +7,10 @@ fields in the gaps between them. So a message that nobody edits costs nothing, o
 """
 
 import sys
+from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeVar, overload
 
 from milter import checks
@@ -78,10 +81,11 @@ class Headers(Editable):
         "_area",
         "_changed",
         "_content",
+        "_found",
+        "_grown",
         "_lowered",
         "_names",
         "_new",
-        "_new_named",
         "_places",
         "_prefix",
         "_raw",
@@ -102,10 +106,14 @@ class Headers(Editable):
         self._names: list[bytes] | None = None
         self._places: dict[bytes, list[int]] | None = None
         self._raw: tuple[tuple[bytes, bytes], ...] | None = None
-        # The edits: new values by position (None: deleted), and new fields by gap and by name, each in order.
+        # The edits: new values by position (None: deleted), and new fields by gap, each in order.
         self._changed: dict[int, bytes | None] = {}
-        self._new: dict[int, list[NewField]] = {}
-        self._new_named: dict[bytes, list[NewField]] = {}
+        self._new: dict[int, deque[NewField]] = {}
+        # What comes of them: the fields that are there now, of each name of which fields were added or deleted, and
+        # how many more there are than were received. So a loop of edits does not go through all earlier ones each time.
+        # Deques, for a list moves all it has when one is inserted at the top.
+        self._found: dict[bytes, deque[Place]] = {}
+        self._grown = 0
 
     # ---- reading
 
@@ -149,8 +157,7 @@ class Headers(Editable):
 
     def __len__(self) -> int:
         """The number of fields."""
-        deleted = sum(value is None for value in self._changed.values())
-        return len(self._received_names()) - deleted + sum(map(len, self._new.values()))
+        return len(self._received_names()) + self._grown
 
     def __iter__(self) -> Iterator[str]:
         """The names, in order, each as often as there are fields of it."""
@@ -189,17 +196,17 @@ class Headers(Editable):
             self._append(key, checks.header_name(name), checks.header_value(value))
             return
         self._assign(places[0], value)
-        for place in places[1:]:
-            self._delete(place)
+        if len(places) > 1:
+            self._delete(key, 1, len(places) - 1)
 
     def __delitem__(self, name: str) -> None:
         """Delete all fields of this name; ``KeyError`` if there is none."""
         self._require_open()
-        places = self._find(_key(name))
+        key = _key(name)
+        places = self._find(key)
         if not places:
             raise KeyError(name)
-        for place in places:
-            self._delete(place)
+        self._delete(key, 0, len(places))
 
     def add(self, name: str, value: str) -> None:
         """Add a field at the end, whether or not there are others of that name.
@@ -223,9 +230,9 @@ class Headers(Editable):
         encoded_name, encoded_value = checks.header_name(name), checks.header_value(value)
         gap, offset = self._gap_above(index)
         field = NewField(gap, _key(name), encoded_name, encoded_value)
-        self._new.setdefault(gap, []).insert(offset, field)
-        if self._new_named.setdefault(field.key, [field]) != [field]:
-            self._new_named[field.key] = [new for new in self._new_fields() if new.key == field.key]
+        self._found_to_edit(field.key).insert(self._rank(field.key, gap, offset), field)
+        self._new.setdefault(gap, deque()).insert(offset, field)
+        self._grown += 1
 
     def replace(self, name: str, value: str | None, index: int = 1) -> None:
         """Give one field another value, in its place; None deletes it.
@@ -242,7 +249,7 @@ class Headers(Editable):
         if index > len(places):
             raise KeyError(f"{name} (number {index} of {len(places)})" if places else name)
         if value is None:
-            self._delete(places[index - 1])
+            self._delete(_key(name), index - 1, 1)
         else:
             self._assign(places[index - 1], value)
 
@@ -290,12 +297,17 @@ class Headers(Editable):
         return key in self._positions()
 
     def _find(self, key: bytes) -> Sequence[Place]:
-        """The fields of this name that are there now, in order."""
-        new: Sequence[Place] = self._new_named.get(key, ())
-        if not self._was_received(key):
-            return [*new]
-        received = [place for place in self._positions().get(key, ()) if self._changed.get(place, b"") is not None]
-        return sorted([*new, *received], key=_order) if new else received
+        """The fields of this name that are there now, in order; not to be changed."""
+        found: Sequence[Place] | None = self._found.get(key)
+        if found is None:
+            found = self._positions()[key] if self._was_received(key) else ()
+        return found
+
+    def _found_to_edit(self, key: bytes) -> deque[Place]:
+        """The same, to be changed with the fields."""
+        if key not in self._found:
+            self._found[key] = deque(self._find(key))
+        return self._found[key]
 
     def _value(self, place: Place) -> bytes:
         if isinstance(place, NewField):
@@ -317,26 +329,35 @@ class Headers(Editable):
         for field in self._new.get(END, ()):
             yield field.name, field.value
 
-    def _new_fields(self) -> Iterator[NewField]:
-        for gap in sorted(self._new):
-            yield from self._new[gap]
-
     def _gap_above(self, index: int) -> tuple[int, int]:
         """The gap, and the offset among its new fields, above the field that is at `index` now."""
-        above = 0
-        for position in range(len(self._received_names())):
-            fields = len(self._new.get(position, ()))
+        if index >= len(self):
+            return END, len(self._new.get(END, ()))
+        above = position = 0  # so many fields now, and so many received ones, are above what was looked at
+        for edited in sorted({*self._changed, *self._new}):
+            untouched = min(edited, len(self._received_names())) - position
+            if index < above + untouched:
+                break
+            above += untouched
+            fields = len(self._new.get(edited, ()))
             if index <= above + fields:
-                return position, index - above
-            above += fields
-            if self._changed.get(position, b"") is not None:
-                above += 1
-        return END, min(index - above, len(self._new.get(END, ())))
+                return edited, index - above
+            above += fields + (self._changed.get(edited, b"") is not None)
+            position = edited + 1
+        return position + index - above, 0
+
+    def _rank(self, key: bytes, gap: int, offset: int) -> int:
+        """Where a new field of this name will be among those of its name."""
+        found, new, order = self._found_to_edit(key), self._new.get(gap, ()), float(gap)
+        if offset == len(new):
+            return bisect_right(found, order, key=_order)
+        return bisect_left(found, order, key=_order) + sum(field.key == key for field in islice(new, offset))
 
     def _append(self, key: bytes, name: bytes, value: bytes) -> None:
         field = NewField(END, key, name, value)
-        self._new.setdefault(END, []).append(field)
-        self._new_named.setdefault(key, []).append(field)
+        self._found_to_edit(key).append(field)
+        self._new.setdefault(END, deque()).append(field)
+        self._grown += 1
 
     def _assign(self, place: Place, value: str) -> None:
         if isinstance(place, NewField):
@@ -352,12 +373,17 @@ class Headers(Editable):
         else:
             self._changed[place] = encoded
 
-    def _delete(self, place: Place) -> None:
-        if isinstance(place, int):
-            self._changed[place] = None
-            return
-        self._new[place.gap].remove(place)
-        self._new_named[place.key].remove(place)
+    def _delete(self, key: bytes, first: int, count: int) -> None:
+        """So many fields of this name, from the one that has `first` of them above it."""
+        found = self._found_to_edit(key)
+        found.rotate(-first)
+        deleted = [found.popleft() for _ in range(count)]
+        found.rotate(first)
+        self._grown -= len(deleted)
+        self._changed.update(dict.fromkeys(place for place in deleted if isinstance(place, int)))
+        gone = set(deleted)
+        for gap in {place.gap for place in deleted if isinstance(place, NewField)}:
+            self._new[gap] = deque(field for field in self._new[gap] if field not in gone)
 
 
 def _key(name: str) -> bytes:
@@ -372,4 +398,4 @@ def _text(data: bytes) -> str:
 
 
 def _order(place: Place) -> float:
-    return place.gap if isinstance(place, NewField) else place + 0.5
+    return float(place.gap) if isinstance(place, NewField) else place + 0.5

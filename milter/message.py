@@ -262,12 +262,14 @@ class Recipients(Editable, Sequence[Address]):
     Recipients(['bob@mta.example', 'archive@mta.example'])
     """
 
-    __slots__ = ("_added", "_mailboxes", "_received", "_removed")
+    __slots__ = ("_added", "_known", "_mailboxes", "_now", "_received", "_removed")
 
     def __init__(self, received: Sequence[Address], frozen: bool) -> None:
         """By a Message. No part of a message refers to it: a cycle would keep it in memory for a while."""
         self._frozen = frozen
         self._received = received
+        self._known: dict[str, list[Address]] | None = None
+        self._now: Sequence[Address] | None = None  # None after an edit
         self._removed: set[str] = set()
         self._added: dict[str, Address] = {}
         self._mailboxes: dict[str, list[Address]] | None = None
@@ -291,15 +293,15 @@ class Recipients(Editable, Sequence[Address]):
         parameters = (params or "").split()
         if address in self:
             return
+        self._now = None
         new = _checked(encoded, parameters)
-        if new in self._removed:
-            received = [known for known in self._received if known == new]
-            if len(received) == 1 and list(received[0].params.raw) == parameters:
-                self._removed.remove(new)
-                self._found()[new.canonical] = received
-                return
-        self._added[new] = new
-        self._found()[new.canonical] = [new]
+        received = self._received_as(new) if new in self._removed else []
+        if len(received) == 1 and list(received[0].params.raw) == parameters:
+            self._removed.remove(new)
+            self._found()[new.canonical] = list(received)
+        else:
+            self._added[new] = new
+            self._found()[new.canonical] = [new]
 
     def remove(self, address: str) -> None:
         """Remove a recipient (``smfi_delrcpt``); ``ValueError`` if there is none of this address.
@@ -310,11 +312,13 @@ class Recipients(Editable, Sequence[Address]):
         reading = Address(address)
         same = self._found().get(reading.canonical, [])
         if not same:
-            raise ValueError(f"{address!r} is not among the recipients: {list(map(str, self))!r}")
-        for known in [each for each in same if each == reading] or same.copy():
+            raise ValueError(f"{address!r} is not among the recipients: {list(map(str, self[:20]))!r}")
+        self._now = None
+        gone = [known for known in same if known == reading] or same
+        for known in gone:
             self._added.pop(known, None)
             self._removed.add(known)
-            same.remove(known)
+        self._found()[reading.canonical] = [known for known in same if known != reading] if gone is not same else []
 
     def discard(self, address: str) -> None:
         """Remove a recipient if it is there."""
@@ -357,10 +361,20 @@ class Recipients(Editable, Sequence[Address]):
     def __repr__(self) -> str:
         return f"Recipients({list(map(str, self))!r})"
 
+    def _received_as(self, bare: str) -> Sequence[Address]:
+        """Those of this address that the client gave."""
+        if self._known is None:
+            self._known = {}
+            for recipient in self._received:
+                self._known.setdefault(recipient, []).append(recipient)
+        return self._known.get(bare, ())
+
     def _current(self) -> Sequence[Address]:
         if not self._removed and not self._added:
             return self._received
-        return [known for known in self._received if known not in self._removed] + list(self._added.values())
+        if self._now is None:
+            self._now = [known for known in self._received if known not in self._removed] + list(self._added.values())
+        return self._now
 
 
 def _checked(encoded: bytes, params: Sequence[str]) -> Address:

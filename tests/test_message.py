@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from email import message_from_bytes, policy
 from email.headerregistry import AddressHeader
 from email.message import EmailMessage
 
@@ -21,6 +22,7 @@ from milter.addresses import Address
 from milter.content import Content
 from milter.errors import ContextError
 from milter.message import MemoryContent, Message, freeze
+from milter.parsed import LimitDefect
 
 Fields = list[tuple[bytes, bytes]]
 
@@ -305,10 +307,11 @@ def test_a_field_that_the_standard_library_fails_at_keeps_its_text(monkeypatch: 
     assert "cannot be parsed" in str(email["To"].defects[-1])
 
 
-def test_a_message_that_is_too_deep_is_parsed_as_far_as_its_fields() -> None:
+def test_parts_that_are_too_deep_are_text() -> None:
     lines, body = [b"Content-Type: multipart/mixed; boundary=b0", b"Subject: deep"], b""
     for level in range(1000):
         body += b"--b%d\r\nContent-Type: multipart/mixed; boundary=b%d\r\n\r\n" % (level, level + 1)
+    body += b"in the deep\r\n--b0\r\n\r\na part of the first\r\n--b0--\r\n"
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(1000)  # as Python has it; other tests may have raised it
     try:
@@ -316,7 +319,94 @@ def test_a_message_that_is_too_deep_is_parsed_as_far_as_its_fields() -> None:
     finally:
         sys.setrecursionlimit(limit)
     assert email["Subject"] == "deep"
-    assert any("cannot be parsed" in str(defect) for defect in email.defects)
+    *containers, deepest, last = email.walk()
+    assert len(containers) == 21
+    assert all(part.is_multipart() for part in containers)
+    assert last.get_payload() == "a part of the first"
+    assert deepest.get_content_type() == "application/octet-stream"
+    assert str(deepest.get_payload()).endswith("in the deep")
+    assert deepest.keys() == []
+    assert [str(defect) for defect in deepest.defects] == ["a part is not parsed: it lies in more than 20 others"]
+    assert isinstance(deepest.defects[0], LimitDefect)
+
+
+def test_of_too_many_parts_the_rest_is_one() -> None:
+    body = b"".join(b"--a\r\n\r\npart %d\r\n" % number for number in range(1, 2001)) + b"--a--\r\n"
+    email = message_of(b"Content-Type: multipart/mixed; boundary=a", body=body).email()
+    parts = list(email.iter_parts())
+    assert [part.get_payload() for part in parts[:-1]] == [f"part {number}" for number in range(1, 1000)]
+    assert parts[-1].get_content_type() == "application/octet-stream"
+    assert parts[-1].get_payload(decode=True) == body[body.index(b"\r\npart 1000\r\n") : -2]
+    assert ["1000 parts" in str(defect) for defect in parts[-1].defects] == [True]
+    assert body.endswith(b"--a--\r\n")
+    assert b"part 2000\r\n--a--" in bytes(email)
+
+
+def test_a_field_that_is_too_long_is_text() -> None:
+    to = b"To: " + b", ".join(b"user%d@client.example" % number for number in range(2000))
+    kind = b"Content-Type: multipart/mixed; boundary=a; x=" + b"x" * 9000
+    words = b"From: " + b"(a)" * 1000
+    email = message_of(to, kind, words, b"Subject: " + b"x" * 8000, body=b"--a\r\n\r\n--a--\r\n").email()
+    assert len(email["To"].addresses) == len(email["From"].addresses) == 0
+    assert [f"{name}: {email[name]}".encode() for name in email] == [to, kind, words, b"Subject: " + b"x" * 8000]
+    assert email.get_content_type() == "multipart/mixed"
+    assert (email.get_boundary(), email.get_param("x"), email.get_params()) == (None, None, None)
+    assert not email.is_multipart()
+    limits = [str(defect).partition(" ")[0] for defect in email.defects if isinstance(defect, LimitDefect)]
+    assert limits == ["To", "Content-Type", "From"]
+    copy = EmailMessage()
+    copy["To"] = email["To"]
+    assert bytes(copy).startswith(to)
+
+
+def test_fields_below_the_limits_are_parsed() -> None:
+    to = b"To: " + b", ".join(b"user%d@client.example" % number for number in range(300))
+    email = message_of(to, b"Subject: " + b"=?utf-8?q?caf=C3=A9?= " * 100).email()
+    assert len(email["To"].addresses) == 300
+    assert email["Subject"].startswith("café")
+    assert email.defects == []
+
+
+BYTES_AND_TEXT = [
+    [b"Subject: " + b"\xe4" * 200],
+    [b"From: \xe4" + b"(a)" * 40 + b"\r\n " + b"\xff" * 100],
+    [b"X: a\x0bb\x85c\x1cd", b"To: " + b"\xc3\xa4" * 100 + b" <a@b>"],
+    [b"Content-Type: text/plain; charset=none", b"Subject: x"],
+    [b"Content-Type: text/plain; charset=us-ascii", b"Subject: x"],
+    [b"Content-Type: text/plain; charset=idna", b"Subject: x"],
+    [b"Content-Type: text/plain; charset*=x'y'z", b"Content-Transfer-Encoding: base64"],
+]
+
+
+@pytest.mark.parametrize("lines", BYTES_AND_TEXT, ids=range(len(BYTES_AND_TEXT)))
+def test_what_was_received_can_be_written_again(lines: list[bytes]) -> None:
+    message = message_of(*lines, body=b"text \xe4\xff\r\n")
+    email = message.email()
+    assert bytes(email) == message.as_bytes()
+    assert "text " in email.as_string()
+    assert str(email)
+    assert "text " in email.get_content() or "base64" in email.as_string()
+    assert email.get_payload()
+
+
+def test_a_charset_that_takes_quadratic_time_is_not_used() -> None:
+    email = message_of(b"Content-Type: text/plain; charset=Punycode", body=b"abc-def\xff").email()
+    assert email.get_content() == email.get_payload() == "abc-def\ufffd"
+
+
+def test_what_is_set_is_written_as_the_standard_library_does() -> None:
+    email = message_of(b"Subject: x", b"To: \xe4").email()
+    email.replace_header("Subject", "ä" * 3)
+    email["X-Long"] = "word " * 3000
+    del email["To"]
+    email["to"] = "bob@mta.example"
+    assert email.get("TO") == "bob@mta.example"
+    assert "Cc" not in email
+    assert "x-long" in email
+    copy = message_from_bytes(bytes(email), policy=policy.default)
+    assert copy["Subject"] == "äää"
+    assert copy["X-Long"].split() == ["word"] * 3000
+    assert b"Subject: =?utf-8?" in bytes(email)
 
 
 # ---- Lazy, and valid as long as it says
