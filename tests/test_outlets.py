@@ -39,8 +39,8 @@ def verdict(path: str, helo: str = "client.example") -> Verdict:
     with contextlib.closing(Client.connect(path)) as client:
         client.negotiate()
         client.connect_info()
-        client.helo(helo)
-        return send_message(client).answer.verdict
+        greeting = client.helo(helo).verdict
+        return greeting if greeting is not Verdict.CONTINUE else send_message(client).answer.verdict
 
 
 def fill(descriptor: int) -> None:
