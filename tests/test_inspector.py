@@ -245,7 +245,7 @@ def test_inspect_goes_on_when_its_reader_pauses(tmp_path: Path) -> None:
     assert "lines are lost, since they cannot be written" in inspector.stderr.text
 
 
-@pytest.mark.parametrize("command", [["version"], ["run", "--help"], ["check", "SOCKET"]])
+@pytest.mark.parametrize("command", [["version"], ["check", "SOCKET"]])
 def test_a_command_whose_reader_has_gone_ends_as_others_do(
     run_filter: RunFilter, tmp_path: Path, command: list[str]
 ) -> None:

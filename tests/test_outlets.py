@@ -39,8 +39,10 @@ def verdict(path: str, helo: str = "client.example") -> Verdict:
     with contextlib.closing(Client.connect(path)) as client:
         client.negotiate()
         client.connect_info()
-        greeting = client.helo(helo).verdict
-        return greeting if greeting is not Verdict.CONTINUE else send_message(client).answer.verdict
+        greeting = client.helo(helo)
+        if greeting is not None and greeting.verdict is not Verdict.CONTINUE:
+            return greeting.verdict
+        return send_message(client).answer.verdict
 
 
 def fill(descriptor: int) -> None:
