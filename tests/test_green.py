@@ -39,7 +39,8 @@ def test_patched_threads_are_refused(tmp_path: Path, name: str, patch: str, argu
 def test_what_is_imported_and_patches_nothing_is_fine(imported: str, patched: bool) -> None:
     program = (
         "import sys, types\n"
-        f"patch = types.SimpleNamespace(is_module_patched=lambda name: {patched}, is_monkey_patched=lambda name: {patched})\n"
+        f"answer = lambda name: {patched}\n"
+        "patch = types.SimpleNamespace(is_module_patched=answer, is_monkey_patched=answer)\n"
         f"{imported}\n"
         "from milter.green import refuse_green_threads\n"
         "refuse_green_threads()\n"
