@@ -33,7 +33,11 @@ def release(directory: Path, version: str) -> Path:
 class Deployed(FilterProcess):
     def __init__(self, directory: Path, socket: Path, **environment: str) -> None:
         arguments = ("-m", "milter", "run", "thefilter:app", "--socket", f"unix:{socket}/s")
-        super().__init__(*arguments, directory=directory, environment={"PWD": str(directory), **environment})
+        super().__init__(
+            *arguments,
+            directory=directory,
+            environment={"PWD": str(directory), "PYTHONDONTWRITEBYTECODE": "", **environment},
+        )
 
     def reload(self) -> None:
         self.signal(signal.SIGHUP)
