@@ -41,7 +41,7 @@ def end_process(limit: float, insisted: threading.Event) -> None:
 
 def _watch(limit: float, insisted: threading.Event) -> None:
     if not insisted.wait(min(_SOON, limit)):
-        log.info("waiting up to %g seconds for the end of %s", limit, _left())
+        log.info("waiting up to %.0f seconds for the end of %s", limit, _left())
         insisted.wait(max(limit - _SOON, 0.0))
     if insisted.is_set():
         threading.Event().wait(_LAST_WAIT)

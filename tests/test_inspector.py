@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from milter.testing import Client
+from milter.testing import Client, Verdict
+from tests.conftest import send_message
 from tests.filter_process import FilterProcess, RunFilter, running_filters
+from tests.launched import Launched
+from tests.test_outlets import fill
 
 STAGES = ["negotiate", "connect", "helo", "mail", "rcpt", "data", "header", "eoh", "body", "eom", "close"]
 
@@ -202,3 +205,56 @@ def test_inspect_shows_a_client_without_an_address(run_filter: RunFilter) -> Non
     client.close()
     inspector.stdout.wait_for("CLOSE")
     assert "    address      unknown" in inspector.stdout.lines
+
+
+# ---- A reader that goes --------------------------------------------------------------------------
+
+
+def test_inspect_ends_when_its_reader_has_gone_and_defers_no_mail(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = ("-m", "milter", "inspect", f"unix:{tmp_path}/s")
+    with Launched(f"os.dup2({writer}, 1)", *arguments, descriptors=[writer]) as inspector:
+        os.close(writer)
+        client = Client.connect(inspector.socket)
+        client.negotiate()
+        client.connect_info()
+        client.helo()
+        assert send_message(client).answer.verdict is Verdict.CONTINUE
+        client.quit()
+        client.close()
+        assert inspector.wait() == 128 + signal.SIGPIPE
+    assert not any("Traceback" in line for line in inspector.stderr.lines)
+
+
+def test_inspect_goes_on_when_its_reader_pauses(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    fill(writer)
+    arguments = ("-m", "milter", "inspect", f"unix:{tmp_path}/s")
+    with Launched(f"os.dup2({writer}, 1)", *arguments, descriptors=[writer]) as inspector:
+        os.close(writer)
+        client = Client.connect(inspector.socket)
+        client.negotiate()
+        client.connect_info()
+        client.helo()
+        assert send_message(client).answer.verdict is Verdict.CONTINUE
+        client.quit()
+        client.close()
+        inspector.stop()
+    os.close(reader)
+    assert "lines are lost, since they cannot be written" in inspector.stderr.text
+
+
+@pytest.mark.parametrize("command", [["version"], ["check", "SOCKET"]])
+def test_a_command_whose_reader_has_gone_ends_as_others_do(
+    run_filter: RunFilter, tmp_path: Path, command: list[str]
+) -> None:
+    if "SOCKET" in command:
+        inspector = run_filter("-m", "milter", "inspect", "inet:0@127.0.0.1")
+        command = ["check", inspector.socket]
+    reader, writer = os.pipe()
+    os.close(reader)
+    started = [sys.executable, "-m", "milter", *command]
+    process = subprocess.run(started, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (128 + signal.SIGPIPE, "")

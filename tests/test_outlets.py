@@ -39,7 +39,9 @@ def verdict(path: str, helo: str = "client.example") -> Verdict:
     with contextlib.closing(Client.connect(path)) as client:
         client.negotiate()
         client.connect_info()
-        client.helo(helo)
+        greeting = client.helo(helo)
+        if greeting is not None and greeting.verdict is not Verdict.CONTINUE:
+            return greeting.verdict
         return send_message(client).answer.verdict
 
 
