@@ -70,7 +70,8 @@ def archive() -> Archive:
 def test_every_byte_arrives_whatever_the_system_calls_do(sanitizer: str, archive: Archive, tmp_path: Path) -> None:
     flags = SANITIZERS[sanitizer]
     injected = [f"-Wl,--wrap={name}" for name in ("malloc", "calloc", "sendmsg", "recvmsg", "vsyslog")]
-    sources = [HERE / "stress" / "io" / "io_stress.c", SHIM / "threads.c", SHIM / "child.c"]
+    shim = (SHIM / name for name in ("threads.c", "child.c", "connect_guard.c"))
+    sources = [HERE / "stress" / "io" / "io_stress.c", *shim]
     program = compiled(tmp_path, flags, sources, WRAPPERS, *injected)
     run(program, flags, "8", "1")
     with_faults = "1"
