@@ -37,6 +37,15 @@ int __real_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, v
 #include <signal.h>
 #include <sys/un.h>
 
+/* child.c has it called; here is no Python. */
+struct milter_event;
+int milter_python_enter(struct milter_event *event);
+int milter_python_enter(struct milter_event *event)
+{
+    (void)event;
+    return 0;
+}
+
 enum { WORKERS = 3, MOST_WORKERS = 64, CONNECTIONS = 512, LARGE = 150000, PATIENCE_MS = 60000, HEAD = 11 };
 enum { PLACES = 1 << 16, GONE = UINT_MAX };
 
