@@ -315,11 +315,9 @@ def test_a_refused_message_has_one_line_whatever_the_mta_sends_next(
 ) -> None:
     app = Milter("test")
     for each in ("mail", "data", "header", "eoh", "body", "eom", "unknown"):
-        decided = NO if each == stage else Status.CONTINUE
-        verdicts = {"ann@client.example": decided}
 
-        def judge(ctx: Any, *arguments: Any, verdicts: dict[str, Any] = verdicts) -> Status | Reply:
-            return verdicts.get(ctx.sender, Status.CONTINUE)
+        def judge(ctx: Any, *arguments: Any, refuses: bool = each == stage) -> Status | Reply:
+            return NO if refuses and ctx.sender == "ann@client.example" else Status.CONTINUE
 
         getattr(app, f"on_{each}")(judge)
     peer = serve(app, access_log=True)
@@ -335,7 +333,7 @@ def test_a_refused_message_has_one_line_whatever_the_mta_sends_next(
         client.wait_for_close()
     peer.hang_up()
     peer.server.stop()  # waits for the session
-    expected = [("ann@client.example", "reject", stage, 550)]
+    expected: list[tuple[str, str, str, int | None]] = [("ann@client.example", "reject", stage, 550)]
     expected += [("next@client.example", "abort", "abort", None)] if "mail" in giving_up else []
     assert [(r["sender"], r["verdict"], r["stage"], r["code"]) for r in records()] == expected
 
