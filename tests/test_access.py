@@ -308,6 +308,36 @@ def test_a_message_all_of_whose_recipients_were_refused_is_refused(
     assert [other["sender"] for other in records()[1:]] == (["next@client.example"] if "mail" in giving_up else [])
 
 
+@pytest.mark.parametrize("giving_up", GIVING_UP)
+@pytest.mark.parametrize("stage", ["mail", "data", "header", "eoh", "body", "eom"])
+def test_a_refused_message_has_one_line_whatever_the_mta_sends_next(
+    serve: Serve, records: Records, stage: str, giving_up: str
+) -> None:
+    app = Milter("test")
+    for each in ("mail", "data", "header", "eoh", "body", "eom", "unknown"):
+
+        def judge(ctx: Any, *arguments: Any, refuses: bool = each == stage) -> Status | Reply:
+            return NO if refuses and ctx.sender == "ann@client.example" else Status.CONTINUE
+
+        getattr(app, f"on_{each}")(judge)
+    peer = serve(app, access_log=True)
+    client = peer.greeted()
+    client.mail("<ann@client.example>")
+    if stage != "mail":
+        client.rcpt("<bob@mta.example>")
+        client.data()
+        send_to(client, stage)
+    for step in giving_up.split():
+        STEPS[step](client)
+    if "quit" in giving_up:
+        client.wait_for_close()
+    peer.hang_up()
+    peer.server.stop()  # waits for the session
+    expected: list[tuple[str, str, str, int | None]] = [("ann@client.example", "reject", stage, 550)]
+    expected += [("next@client.example", "abort", "abort", None)] if "mail" in giving_up else []
+    assert [(r["sender"], r["verdict"], r["stage"], r["code"]) for r in records()] == expected
+
+
 def test_a_handler_that_raises_is_named(serve: Serve, records: Records) -> None:
     app = Milter("test")
 
