@@ -324,7 +324,7 @@ def test_parts_that_are_too_deep_are_text() -> None:
     assert all(part.is_multipart() for part in containers)
     assert last.get_payload() == "a part of the first"
     assert deepest.get_content_type() == "application/octet-stream"
-    assert deepest.get_payload().endswith("in the deep")
+    assert str(deepest.get_payload()).endswith("in the deep")
     assert deepest.keys() == []
     assert [str(defect) for defect in deepest.defects] == ["a part is not parsed: it lies in more than 20 others"]
     assert isinstance(deepest.defects[0], LimitDefect)
@@ -350,7 +350,7 @@ def test_a_field_that_is_too_long_is_text() -> None:
     assert len(email["To"].addresses) == len(email["From"].addresses) == 0
     assert [f"{name}: {email[name]}".encode() for name in email] == [to, kind, words, b"Subject: " + b"x" * 8000]
     assert email.get_content_type() == "multipart/mixed"
-    assert email.get_boundary() is email.get_param("x") is email.get_params() is None
+    assert (email.get_boundary(), email.get_param("x"), email.get_params()) == (None, None, None)
     assert not email.is_multipart()
     limits = [str(defect).partition(" ")[0] for defect in email.defects if isinstance(defect, LimitDefect)]
     assert limits == ["To", "Content-Type", "From"]
@@ -387,6 +387,22 @@ def test_what_was_received_can_be_written_again(lines: list[bytes]) -> None:
     assert str(email)
     assert "text " in email.get_content() or "base64" in email.as_string()
     assert email.get_payload()
+
+
+PARAMETERS = [
+    (b"attachment; filename*=utf-8''a; filename*0=b", "a"),
+    (b"attachment; filename*0*=utf-8''%C3; filename*1*=%A4", "ä"),
+    (b"attachment; filename*=idna''%e4", "\ufffd"),
+    (b"attachment; filename*=undefined''a", "a"),
+]
+
+
+@pytest.mark.parametrize(("value", "name"), PARAMETERS, ids=range(len(PARAMETERS)))
+def test_parameters_that_the_standard_library_fails_at_are_read(value: bytes, name: str) -> None:
+    email = message_of(b"Content-Disposition: " + value).email()
+    assert email.get_filename() == name
+    assert email.get_content_disposition() == "attachment"
+    assert email.get_param("FILENAME", header="content-disposition") is not None
 
 
 def test_a_charset_that_takes_quadratic_time_is_not_used() -> None:
