@@ -30,6 +30,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
 from milter.coroutines import NoEventLoop, discard, is_coroutine_function
+from milter.watch import Watch
 
 __all__ = ["EventLoop"]
 
@@ -98,6 +99,7 @@ class EventLoop(NoEventLoop):
         self._drained = False
         self._thread = threading.Thread(target=self._serve, name="milter event loop", daemon=True)
         self._thread.start()
+        self._watch = Watch(self._loop, self._thread)
 
     # ---- By the thread that starts and stops the server
 
@@ -132,6 +134,7 @@ class EventLoop(NoEventLoop):
 
     def stop(self) -> None:
         """Cancel what still runs, the filter's own background tasks, and end the loop."""
+        self._watch.stop()
         self._ending = True
         self._post(self._loop.stop)
         self._thread.join(_LAST_WAIT)
@@ -205,7 +208,8 @@ class EventLoop(NoEventLoop):
         if job not in self._jobs:  # nobody waits any more
             discard(job.awaitable)
             return
-        job.task = self._loop.create_task(job.perform())
+        name = getattr(job.awaitable, "__qualname__", repr(job.awaitable))
+        job.task = self._loop.create_task(job.perform(), name=name)
         job.task.add_done_callback(lambda task: self._end(job, task))
 
     def _end(self, job: _Job, task: "asyncio.Task[_Outcome]") -> None:

@@ -272,7 +272,14 @@ class _Parser(BytesFeedParser):
 
 
 def parse(data: bytes) -> EmailMessage:
-    """Never raises: what cannot be parsed is among the ``defects``."""
+    """A message, as :meth:`Message.email <milter.Message.email>` gives it: for one that is a file in another one.
+
+    Never raises: what cannot be parsed is among the ``defects``.
+
+    >>> email = parse(b"Subject: =?utf-8?q?caf=C3=A9?=\\r\\nTo: " + b"(a)" * 10000 + b"\\r\\n\\r\\nHi.\\r\\n")
+    >>> email["Subject"], email.defects
+    ('café', [LimitDefect('To has 30000 characters: it is not parsed, it has more than 8192')])
+    """
     try:
         return _parsed(data, headers_only=False)
     except Exception as failure:
