@@ -10,12 +10,17 @@ tests/test_linear.py counts steps of Python for the same inputs. What it cannot 
 in C, such as a search; that is what this program is for.
 """
 
+import base64
+import contextlib
+import io
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterable
 from email.message import EmailMessage
 from typing import Any, NamedTuple
 
+from examples import attachments, footer
 from milter import Address, Message
 from milter.edits import Numbering, changes
 from milter.message import MemoryContent
@@ -280,7 +285,54 @@ EDITED = {
     "body in pieces": Case(tagged, set_body),
 }
 
-CASES = {**{name: Case(make, read_all) for name, make in PARSED.items()}, **EDITED}
+# ---- The examples that parse
+
+
+def look_for_attachments(received: Message) -> None:
+    settings = attachments.Settings(refuse_unreadable=False)
+    for file in attachments.files(received.email(), attachments.Budget()):
+        attachments.refused(file, settings)
+
+
+def add_a_footer(received: Message) -> None:
+    settings = footer.Settings("-- \nA footer that is not ASCII: ä\n")
+    with contextlib.suppress(footer.LeftAlone):
+        footer.with_footer(footer.Part.of(received.as_bytes()), settings).as_bytes()
+
+
+def first_part(before: bytes, repeated: bytes) -> Callable[[int], Message]:
+    """A message whose first part has a field with something so many times."""
+    return lambda size: message(
+        [(b"Content-Type", MIXED)], b"--a\r\n" + before + repeated * size + b"\r\n\r\ntext\r\n--a--\r\n"
+    )
+
+
+def archive(size: int) -> Message:
+    """Of many files, with an archive in it."""
+    inner, outer = io.BytesIO(), io.BytesIO()
+    for file in (inner, outer):
+        with zipfile.ZipFile(file, "w") as opened:
+            for number in range(size):
+                opened.writestr(f"{number}.eml" if number % 10 == 0 else f"{number}", b"A: b\r\n\r\n")
+            opened.writestr("a.zip", inner.getvalue())
+    fields = [(b"Content-Type", b"application/zip"), (b"Content-Transfer-Encoding", b"base64")]
+    return message(fields, base64.encodebytes(outer.getvalue()))
+
+
+EXAMPLES = {
+    **{f"attachments: {name}": Case(make, look_for_attachments) for name, make in PARSED.items()},
+    **{f"footer: {name}": Case(make, add_a_footer) for name, make in PARSED.items()},
+    "attachments: names": Case(first_part(b"Content-Type: a; ", b"name "), look_for_attachments),
+    "attachments: open names": Case(first_part(b"Content-Type: a; ", b'name="'), look_for_attachments),
+    "attachments: encoded names": Case(first_part(b"Content-Type: a; name=", b"=?utf-8?q?a?= "), look_for_attachments),
+    "attachments: archive": Case(archive, look_for_attachments, 300),
+    "footer: words": Case(first_part(b"X: ", b"a "), add_a_footer),
+    "footer: stray bytes": Case(first_part(b"X: ", b"\xff "), add_a_footer),
+    "footer: body ends": Case(parts(b"text/html", b"</body "), add_a_footer),
+    "footer: spaces": Case(parts(b"text/html", b"</body>" + b" " * 9), add_a_footer),
+}
+
+CASES = {**{name: Case(make, read_all) for name, make in PARSED.items()}, **EDITED, **EXAMPLES}
 
 
 def seconds(case: Case, size: int) -> float:

@@ -8,7 +8,8 @@ The settings are environment variables:
 - ``ATTACHMENTS_EXTENSIONS``: endings of names that are refused, separated by spaces; see ``EXTENSIONS``.
 - ``ATTACHMENTS_TYPES``: MIME types that are refused; see ``TYPES``.
 - ``ATTACHMENTS_ON_UNREADABLE``: what becomes of an archive that cannot be looked into (broken, encrypted within
-  another one, nested too deeply, too large): ``reject`` (closed, the default) or ``accept`` (open).
+  another one, nested too deeply, too large), and of a message with too many parts or fields that are too long:
+  ``reject`` (closed, the default) or ``accept`` (open).
 """
 
 import contextlib
@@ -16,18 +17,19 @@ import io
 import lzma
 import os
 import re
+import struct
 import sys
 import unicodedata
 import zipfile
 import zlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from email import message_from_bytes, policy
 from email.errors import HeaderParseError
 from email.header import decode_header, make_header
 from email.message import EmailMessage
 
 from milter import EomContext, Message, Milter, Reply, Status
+from milter.parsed import LONGEST_FIELD, LimitDefect, parse
 
 EXTENSIONS = (
     "ade adp app appx bat chm cmd com cpl dll exe hta img ins iso isp jar js jse lib lnk mde msc msi msix msp mst "
@@ -54,6 +56,7 @@ ZIP_ERRORS = (
     OSError,
     RuntimeError,
     ValueError,
+    struct.error,
 )
 
 
@@ -161,6 +164,7 @@ def files(message: EmailMessage, budget: Budget, depth: int = 0) -> Iterator[Fil
     if depth > DEEPEST:
         raise Unreadable("messages and archives are nested too deeply")
     for part in message.walk():  # into messages of type message/rfc822, too
+        yield from (File((), obstacle=str(defect)) for defect in part.defects if isinstance(defect, LimitDefect))
         if part.is_multipart():
             continue
         content = part.get_payload(decode=True)
@@ -182,7 +186,7 @@ def or_obstacle(file: File, within: Iterator[File]) -> Iterator[File]:
 
 def attached(file: File, budget: Budget, depth: int) -> Iterator[File]:
     """The files of a message that is a file itself."""
-    return files(message_from_bytes(file.content, policy=policy.default), budget, depth)
+    return files(parse(file.content), budget, depth)
 
 
 # What programs take for the name, even where it is not written as it should be.
@@ -195,7 +199,7 @@ def names(part: EmailMessage) -> Iterator[str]:
     yield str(part.get_param("name", ""))
     for field, value in part.raw_items():
         if field.lower() in ("content-disposition", "content-type"):
-            for name in NAME.findall(str(value)):
+            for name in NAME.findall(str(value)[:LONGEST_FIELD]):
                 yield decoded(name.strip('" \t\r\n'))
 
 

@@ -16,6 +16,7 @@ encrypted is left alone, and so is a message that cannot be understood: a footer
 
 import base64
 import binascii
+import codecs
 import html
 import os
 import re
@@ -44,6 +45,10 @@ SEALED = {
 MOST_PARTS = 1000
 """Of a multipart; and DEEPEST is how many may lie one within the other. Some messages are made to keep filters busy."""
 DEEPEST = 100
+LONGEST_FIELD = 8192
+"""Of the fields that say what is in a part: reading them takes time that grows with the square of their length."""
+SLOW_CHARSETS = {"idna", "punycode"}  # as does the decoding of these
+FIELD = re.compile(rb"[^\n]*\n(?:[ \t][^\n]*\n)*")
 PGP = re.compile(rb"^-----BEGIN PGP (SIGNED )?MESSAGE-----", re.M)
 
 
@@ -145,8 +150,10 @@ class Part:
     def as_bytes(self) -> bytes:
         if not self.changed:
             return self.head + self.body
-        head = self.fields.as_bytes(policy=policy.compat32.clone(linesep="\r\n", max_line_length=None))
-        return head + self.body
+        names = {name.lower().encode() for name in self.changed}
+        kept = [field for field in FIELD.findall(self.head) if field.partition(b":")[0].strip().lower() not in names]
+        new = [f"{name}: {self.fields[name]}\r\n" for name in dict.fromkeys(self.changed)]
+        return b"".join([*kept[:-1], "".join(new).encode("ascii", "surrogateescape"), b"\r\n", self.body])
 
 
 def subparts(part: Part) -> Iterator[tuple[int, int]]:
@@ -174,6 +181,9 @@ def with_footer(part: Part, settings: Settings, depth: int = 0) -> Part:
     """The same part with the footer in its text; raises LeftAlone."""
     if depth > DEEPEST:
         raise LeftAlone("parts that are nested too deeply")
+    about = [str(value) for name, value in part.fields.items() if name.lower().startswith("content-")]
+    if any(len(value) > LONGEST_FIELD for value in about):
+        raise LeftAlone("fields that are too long")
     try:
         return part_with_footer(part, settings, depth)
     except (TypeError, ValueError) as problem:  # of the standard library, for fields that nobody should write
@@ -251,6 +261,8 @@ def text_with_footer(part: Part, add: Callable[[str], str]) -> Part:
 def understood(content: bytes, charset: str) -> str:
     """The text; stray bytes come as surrogates, and go back as they came."""
     try:
+        if codecs.lookup(charset).name in SLOW_CHARSETS:
+            raise LookupError(charset)
         text = content.decode(charset, "surrogateescape")
         if text.encode(charset, "surrogateescape") == content:
             return text

@@ -305,9 +305,10 @@ class Headers(Editable):
 
     def _found_to_edit(self, key: bytes) -> deque[Place]:
         """The same, to be changed with the fields."""
-        if key not in self._found:
-            self._found[key] = deque(self._find(key))
-        return self._found[key]
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = deque(self._find(key))
+        return found
 
     def _value(self, place: Place) -> bytes:
         if isinstance(place, NewField):

@@ -38,6 +38,7 @@ from milter.blocking import BlockingCalls
 from milter.context import Scope
 from milter.coroutines import MtaGone, NoEventLoop, discard, is_coroutine_function
 from milter.safe_log import SafeLog
+from milter.stalls import StallWatch
 
 __all__ = ["EventLoop"]
 
@@ -116,6 +117,7 @@ class EventLoop(NoEventLoop):
         self._drained = False
         self._thread = threading.Thread(target=self._serve, name="milter event loop", daemon=True)
         self._thread.start()
+        self._stalls = StallWatch(self._loop, self._thread)
 
     # ---- By the thread that starts and stops the server
 
@@ -150,6 +152,7 @@ class EventLoop(NoEventLoop):
 
     def stop(self) -> None:
         """Cancel what still runs, the filter's own background tasks, and end the loop."""
+        self._stalls.stop()
         self._ending = True
         self._post(self._loop.stop)
         self._thread.join(_LAST_WAIT)
@@ -246,8 +249,9 @@ class EventLoop(NoEventLoop):
             discard(job.awaitable)
             return
         performance = job.perform()
+        name = getattr(job.awaitable, "__qualname__", repr(job.awaitable))
         try:
-            job.task = self._loop.create_task(performance, context=job.variables)
+            job.task = self._loop.create_task(performance, name=name, context=job.variables)
         except BaseException as failure:  # the filter has given the loop another factory of tasks
             performance.close()
             discard(job.awaitable)

@@ -178,9 +178,14 @@ class Message(Editable):
     def email(self) -> EmailMessage:
         """The message as it was received, parsed; made at the first call, the same object at each.
 
-        Never raises, whatever the message is: what cannot be parsed is among the object's ``defects``. A field
-        that the standard library fails to parse keeps its text, without its structure. Changing the object
-        edits nothing.
+        Never raises, whatever the message is, and takes time in proportion to its size, as do the object's methods:
+        what cannot be parsed is among the object's ``defects``. A field that the standard library fails to parse
+        keeps its text, without its structure (``addresses``, ``params`` are empty), and so does one of more than
+        8192 characters, or of more than 1000 without a space, which a mere text such as Subject may have. Parts
+        are parsed up to the thousandth, and up to 20 within one another; what is beyond is one part of the type
+        application/octet-stream. Each of these limits leaves a :class:`LimitDefect <milter.parsed.LimitDefect>` among
+        the ``defects`` of the part. ``bytes(email)`` has the fields as they were received, not folded anew; text of an
+        unknown charset is read as ASCII. Changing the object edits nothing.
         """
         if self._email is None:
             self._email = parse(self.as_bytes())

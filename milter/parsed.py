@@ -26,6 +26,7 @@ from email.errors import MessageDefect
 from email.feedparser import BytesFeedParser, NeedMoreData  # type: ignore[attr-defined]
 from email.headerregistry import BaseHeader, HeaderRegistry, UnstructuredHeader
 from email.message import EmailMessage
+from email.utils import collapse_rfc2231_value
 from typing import Any
 
 __all__ = ["DEEPEST", "LONGEST_FIELD", "LONGEST_WORD", "MOST_PARTS", "LimitDefect", "parse"]
@@ -143,6 +144,15 @@ def _decoded(content: bytes, charset: str, errors: str = "replace") -> str:
     return content.decode("ascii", "replace")
 
 
+def _decodable(param: Any) -> Any:
+    """A parameter's value; if it has a charset (RFC 2231), one for which get_filename() does not fail."""
+    try:
+        collapse_rfc2231_value(param)
+    except Exception:
+        return (None, *param[1:])
+    return param
+
+
 def _text_content(part: EmailMessage, errors: str = "replace") -> str:
     content: Any = part.get_payload(decode=True)
     return _decoded(content, part.get_content_charset("ascii"), errors)
@@ -191,12 +201,18 @@ class _Email(EmailMessage):
     def get_params(self, failobj: Any = None, header: str = "content-type", unquote: bool = True) -> Any:
         if self._is_too_long(header):
             return failobj
-        return super().get_params(failobj, header, unquote)
+        try:
+            params = super().get_params(failobj, header, unquote)
+        except Exception:  # it fails for some continuations of RFC 2231, for which the field's own parser does not
+            field = self.get(header)
+            params = [(field.partition(";")[0].strip(), ""), *getattr(field, "params", {}).items()]
+        return params if params is failobj else [(name, _decodable(value)) for name, value in params]
 
     def get_param(self, param: str, failobj: Any = None, header: str = "content-type", unquote: bool = True) -> Any:
-        if self._is_too_long(header):
-            return failobj
-        return super().get_param(param, failobj, header, unquote)
+        for name, value in self.get_params((), header, unquote):
+            if name.lower() == param.lower():
+                return value
+        return failobj
 
     def _is_too_long(self, header: str) -> bool:
         position = self._position(header)
@@ -256,7 +272,14 @@ class _Parser(BytesFeedParser):
 
 
 def parse(data: bytes) -> EmailMessage:
-    """Never raises: what cannot be parsed is among the ``defects``."""
+    """A message, as :meth:`Message.email <milter.Message.email>` gives it: for one that is a file in another one.
+
+    Never raises: what cannot be parsed is among the ``defects``.
+
+    >>> email = parse(b"Subject: =?utf-8?q?caf=C3=A9?=\\r\\nTo: " + b"(a)" * 10000 + b"\\r\\n\\r\\nHi.\\r\\n")
+    >>> email["Subject"], email.defects
+    ('café', [LimitDefect('To has 30000 characters: it is not parsed, it has more than 8192')])
+    """
     try:
         return _parsed(data, headers_only=False)
     except Exception as failure:

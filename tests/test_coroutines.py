@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import gc
 import inspect
+import logging
 import os
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from milter import (
     Status,
     loop,
     server,
+    stalls,
 )
 from milter._shim import lib
 from milter.context import Conversation
@@ -889,3 +891,70 @@ def test_tasks_may_begin_at_once(serve: Serve) -> None:
 
     assert send_message(serve(app).greeted()).answer.verdict is Verdict.ACCEPT
     assert steps == ["at once", "later"]
+
+
+# ---- The loop is watched
+
+
+class Heard(logging.Handler):
+    """Warnings, and an event for the first."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.first = threading.Event()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+        self.first.set()
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Heard]:
+    monkeypatch.setattr(stalls, "LONGEST", 0.005)
+    handler = Heard()
+    logging.getLogger("milter").addHandler(handler)
+    yield handler
+    logging.getLogger("milter").removeHandler(handler)
+
+
+def test_a_coroutine_that_holds_the_loop_is_told_of_once_with_its_name_and_place(serve: Serve, heard: Heard) -> None:
+    app = Milter("test")
+
+    @app.on_message
+    async def compute(ctx: EomContext, message: Message) -> Status:
+        await asyncio.sleep(0)
+        assert heard.first.wait(LIMIT)
+        for _ in range(10):  # as long as ten looks of the watch, and told once all the same
+            threading.Event().wait(stalls.LONGEST)
+        return Status.REJECT
+
+    client = serve(app).client()
+    client.negotiate()
+    assert send_message(client).answer.verdict is Verdict.REJECT
+    assert len(heard.messages) == 1
+    assert "coroutine test_a_coroutine_that_holds" in heard.messages[0]
+    assert "<locals>.compute has held the event loop" in heard.messages[0]
+    assert "assert heard.first.wait(LIMIT)" in heard.messages[0]
+
+
+def test_a_coroutine_that_waits_is_not_told_of(serve: Serve, heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stalls, "LONGEST", 0.05)  # a busy machine may itself let the loop stand still for a moment
+    app = Milter("test")
+
+    @app.on_message
+    async def wait(ctx: EomContext, message: Message) -> Status:
+        for _ in range(10):
+            await asyncio.sleep(stalls.LONGEST)
+        return Status.REJECT
+
+    client = serve(app).client()
+    client.negotiate()
+    assert send_message(client).answer.verdict is Verdict.REJECT
+    assert heard.messages == []
+
+
+def test_the_watch_ends_with_the_loop() -> None:
+    ended = EventLoop(None)
+    ended.stop()
+    assert not any(thread.name == "milter stalls" for thread in threading.enumerate())

@@ -50,6 +50,14 @@ def forwarded(content: bytes) -> bytes:
 
 
 NESTED = zipped({"one.zip": zipped({"two.zip": zipped({"dir/run.scr": b""})})})
+BEYOND_LIMITS = {
+    "too many parts": forwarded(b"A: b\n\n")[:-5] + b"--f\n\n\n" * 1200 + named("setup.exe"),
+    "a field that is too long": message_with("attachment; x=" + "y " * 5000 + "; filename*=utf-8''setup.e%78e"),
+    "too deep": b"".join(
+        b"Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n" % (level, level) for level in range(30)
+    )
+    + named("setup.exe"),
+}
 REFUSED = {
     "name": named("setup.exe"),
     "case": named("SETUP.ExE"),
@@ -239,3 +247,8 @@ def test_what_the_email_package_makes_is_read(serve: Serve) -> None:
     message.set_content("Hi.")
     message.add_attachment(b"", maintype="application", subtype="zip", filename="Präsentation.exe")
     assert send(serve(filter_with(Settings())), bytes(message)).outcome is Outcome.REJECTED
+
+
+@pytest.mark.parametrize("content", BEYOND_LIMITS.values(), ids=BEYOND_LIMITS)
+def test_what_is_beyond_the_limits_of_parsing_is_no_way_around(serve: Serve, content: bytes) -> None:
+    assert "an attachment cannot be checked" in refusal(send(serve(filter_with(Settings())), content))

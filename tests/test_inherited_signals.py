@@ -108,7 +108,7 @@ def test_a_handler_of_the_program_s_own_keeps_its_signal(tmp_path: Path, by: str
 def test_stopped_and_continued_it_serves(tmp_path: Path, by: str) -> None:
     with Program(by, QUIET, tmp_path) as process:
         assert verdict(process.socket) is Verdict.CONTINUE
-        process.signal(signal.SIGTSTP)
+        process.signal(signal.SIGSTOP)  # not SIGTSTP, which means nothing to a group without a terminal
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
         process.signal(signal.SIGCONT)
         assert verdict(process.socket) is Verdict.CONTINUE

@@ -389,6 +389,22 @@ def test_what_was_received_can_be_written_again(lines: list[bytes]) -> None:
     assert email.get_payload()
 
 
+PARAMETERS = [
+    (b"attachment; filename*=utf-8''a; filename*0=b", "a"),
+    (b"attachment; filename*0*=utf-8''%C3; filename*1*=%A4", "ä"),
+    (b"attachment; filename*=idna''%e4", "\ufffd"),
+    (b"attachment; filename*=undefined''a", "a"),
+]
+
+
+@pytest.mark.parametrize(("value", "name"), PARAMETERS, ids=range(len(PARAMETERS)))
+def test_parameters_that_the_standard_library_fails_at_are_read(value: bytes, name: str) -> None:
+    email = message_of(b"Content-Disposition: " + value).email()
+    assert email.get_filename() == name
+    assert email.get_content_disposition() == "attachment"
+    assert email.get_param("FILENAME", header="content-disposition") is not None
+
+
 def test_a_charset_that_takes_quadratic_time_is_not_used() -> None:
     email = message_of(b"Content-Type: text/plain; charset=Punycode", body=b"abc-def\xff").email()
     assert email.get_content() == email.get_payload() == "abc-def\ufffd"

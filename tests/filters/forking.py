@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NoReturn
 
-from milter import Context, EomContext, Message, Milter, NegotiateContext, Reply, Status
+from milter import Address, Context, EomContext, Message, Milter, NegotiateContext, Reply, Status
 
 app = Milter("forking")
 
@@ -181,16 +181,16 @@ ACTS: dict[str, Callable[[], Any]] = {
 }
 
 
-def act(address: str) -> tuple[Any, str]:
+def act(address: Address) -> tuple[Any, str]:
     """What came of it, and the token."""
-    name, _, token = address.partition("@")[0].partition(".")
+    name, _, token = address.local.partition(".")
     if name.startswith("live:"):
         return lives_on(name.removeprefix("live:").replace("#", "/")), token
     return ACTS[name](), token
 
 
 @app.on_mail
-def plain(ctx: Context, sender: str, params: Any) -> Status | Reply:
+def plain(ctx: Context, sender: Address, params: Any) -> Status | Reply:
     if sender.startswith("pass"):
         return Status.CONTINUE
     if sender.startswith("context"):
@@ -202,7 +202,7 @@ def plain(ctx: Context, sender: str, params: Any) -> Status | Reply:
 
 
 @app.on_mail
-def plain_as_well(ctx: Context, sender: str, params: Any) -> Status:
+def plain_as_well(ctx: Context, sender: Address, params: Any) -> Status:
     if sender.startswith("next"):
         os.write(1, b"the next handler\n")
     return Status.CONTINUE
@@ -214,7 +214,7 @@ def whole(ctx: EomContext, message: Message) -> Reply:
     return Reply(550, "5.7.1", f"{token} {result}")
 
 
-async def asynchronous(ctx: Context, recipient: str, params: Any) -> Status | Reply:
+async def asynchronous(ctx: Context, recipient: Address, params: Any) -> Status | Reply:
     await asyncio.sleep(0)
     if recipient.startswith("bob"):
         return Status.CONTINUE
