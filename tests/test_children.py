@@ -228,7 +228,7 @@ def files_of(process: int, kind: str) -> list[str]:
 
 
 LIVING = """
-import os, sys, time
+import contextlib, os, sys, time
 from milter import Milter, Reply
 
 app = Milter("living")
@@ -238,9 +238,12 @@ def mail(ctx, sender, params):
     child = os.fork()
     if child:
         return Reply(550, "5.7.1", str(child))
-    for number in range(3):
-        os.dup2(os.open(os.devnull, os.O_RDWR), number)
-    os.close(int(sys.modules["sitecustomize"]._DESCRIPTOR))  # of the library's log
+    outputs = {os.fstat(number)[1:3] for number in (1, 2, int(sys.modules["sitecustomize"]._DESCRIPTOR))}
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            if number < 3 or os.fstat(number)[1:3] in outputs:  # the streams of `milter run` have their own
+                os.dup2(nothing, number)
     time.sleep(1000)
 """
 

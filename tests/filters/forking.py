@@ -210,7 +210,7 @@ def plain_as_well(ctx: Context, sender: Address, params: Any) -> Status:
 
 @app.on_message
 def whole(ctx: EomContext, message: Message) -> Reply:
-    result, token = act(message.headers["Subject"])
+    result, token = act(Address(message.headers["Subject"]))
     return Reply(550, "5.7.1", f"{token} {result}")
 
 
