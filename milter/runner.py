@@ -16,6 +16,7 @@ from typing import Any, Unpack
 
 from milter import logs, metrics
 from milter.app import Milter
+from milter.descriptors import open_standard_streams
 from milter.errors import MilterError
 from milter.listener import Listener, SharedListener, open_listener
 from milter.loading import load
@@ -33,6 +34,7 @@ log = logging.getLogger("milter")
 
 def run(app: Milter[Any, Any], socket: str | None, **given: Unpack[RunOptions]) -> None:
     """Serve until a signal or :meth:`Milter.stop <milter.Milter.stop>`; see :meth:`Milter.run <milter.Milter.run>`."""
+    open_standard_streams()
     options = run_options(given)
     if threading.current_thread() is not threading.main_thread():
         raise MilterError("run() belongs into the main thread, which gets the signals; use start() elsewhere")
@@ -53,6 +55,7 @@ def run(app: Milter[Any, Any], socket: str | None, **given: Unpack[RunOptions]) 
 
 def run_by_name(name: str, socket: str | None, options: RunOptions) -> int:
     """Serve the filter of this name (``module:app``), with a supervisor in any case; returns the exit code."""
+    open_standard_streams()
     return _supervise(functools.partial(load, name), name, socket, run_options(options))
 
 
@@ -133,9 +136,11 @@ def _work(get: Any, listener: Listener, user: Identity | None, options: RunOptio
     """In a worker."""
     from milter.worker import work
 
+    shared = SharedListener.of(listener)
+
     def make(bell: Bell) -> Server:
         if user is not None:
             user.take_on()
-        return Server(get(), SharedListener.of(listener), bell, **those_of_start(options))
+        return Server(get(), shared, bell, **those_of_start(options))
 
-    return work(make, control)
+    return work(make, control, shared.let_end)

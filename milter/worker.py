@@ -16,17 +16,20 @@ from collections.abc import Callable
 from milter.errors import HandlerError, MilterError
 from milter.server import Server
 from milter.signals import Bell
-from milter.supervisor import DONE, DRAIN, END, EXIT_FAILED, EXIT_NOT_STARTED, FAILED, READY
+from milter.supervisor import DONE, DRAIN, END, EXIT_FAILED, EXIT_NOT_STARTED, FAILED, READY, STOP
 
 __all__ = ["work"]
 
 log = logging.getLogger("milter")
 
 
-def work(make: Callable[[Bell], Server], control: socket.socket) -> int:
-    """In the child: serve until told to end; returns the exit code. `make` loads the filter and makes its server."""
+def work(make: Callable[[Bell], Server], control: socket.socket, let_end: Callable[[], None]) -> int:
+    """In the child: serve until told to end; returns the exit code. `make` loads the filter and makes its server.
+
+    `let_end` is called when no other worker comes after this one, before it stops: the port shall be free then.
+    """
     try:
-        return _Worker(control).serve(make)
+        return _Worker(control, let_end).serve(make)
     finally:
         # As at the end of any process; os._exit, which follows, does nothing of it.
         atexit._run_exitfuncs()
@@ -36,8 +39,9 @@ def work(make: Callable[[Bell], Server], control: socket.socket) -> int:
 
 
 class _Worker:
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, let_end: Callable[[], None]) -> None:
         self._control = control
+        self._let_end = let_end
         self._bell = Bell.of_a_worker()
         self._told = False
 
@@ -80,7 +84,9 @@ class _Worker:
                 said = self._control.recv(16)
             except OSError:  # pragma: no cover (the supervisor died before it read what was said)
                 said = b""
-            if (DRAIN in said or not said) and not self._told:
+            if STOP in said or not said:
+                self._let_end()
+            if (DRAIN in said or STOP in said or not said) and not self._told:
                 self._told = True
                 self._bell.ring()
             if END in said:
