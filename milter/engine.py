@@ -24,7 +24,6 @@ there will be none any more.
 
 import itertools
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -39,6 +38,7 @@ from milter.message import Message, freeze
 from milter.plan import Plan, make_plan
 from milter.progress import Progress
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, known_actions, known_options
+from milter.spool import Spool
 from milter.verdict import MEANINGFUL, Reply, Status, Verdict
 
 log = logging.getLogger("milter")
@@ -166,6 +166,7 @@ class Engine:
         self.progress = self._progress()
         self.silent_since = self.progress.silent_since if self.progress is not None else None
         self._gathers = self.plan.gathers
+        self._spool = Spool(self.plan.spool_directory)
         self._leading_space = self.plan.shows_leading_space
         self._sees_refused = self.plan.sees_refused_recipients
         self._connections: dict[int, _Connection] = {}
@@ -357,6 +358,8 @@ class Engine:
         assert transaction is not None, "the end of a message without a message"
         if self._gathers and not call.content.error:
             transaction.message = self._message(transaction, call)
+            if call.content.spooled:
+                self._spool.worked()
         context: EomContext[Any, Any] = EomContext(connection, call)
         try:
             decision = self._first_decision(Stage.EOM, handlers, context, (), connection, call)
@@ -410,7 +413,7 @@ class Engine:
             if connection.skipped and handler in connection.skipped:
                 continue
             try:
-                given = (_whole(transaction, call),) if handler.form is WHOLE_MESSAGE else arguments
+                given = (_whole(transaction, call, self._spool),) if handler.form is WHOLE_MESSAGE else arguments
                 verdict = handler.function(context, *given)
                 if handler.asynchronous:
                     verdict = self._loop.answer(verdict, handler.name)
@@ -537,11 +540,10 @@ def _fitting(decision: Decision, stage: Stage) -> Decision:
     return decision if _status(decision) in MEANINGFUL[stage] else CONTINUE
 
 
-def _whole(transaction: Transaction | None, call: Call) -> Message:
+def _whole(transaction: Transaction | None, call: Call, spool: Spool) -> Message:
     assert transaction is not None, "the end of a message without a message"
     if transaction.message is None:
-        error = call.content.error
-        raise OSError(error, f"the message could not be kept for on_message: {os.strerror(error)}")
+        raise spool.failed(call.content.error)
     return transaction.message
 
 

@@ -146,7 +146,8 @@ class Libmilter:
         with self._lock:
             if not self._listens():
                 return
-            assert self._silence is not None and self._copy is not None, "libmilter was not serving"
+            assert self._silence is not None, "libmilter was not serving"
+            assert self._copy is not None
             self._listener = None
             self._put(self._silence.socket)
             self._asleep_at = [self._silence]
