@@ -26,6 +26,8 @@ from milter.standins import Placeholder, Silence, StageDoor, connect_to
 _NAME = "milter"
 _TIMEOUT = 7210
 _PACKET = 65535
+_OWN_DESCRIPTORS = 8
+"""More than its pipe, and those of the first connections."""
 
 
 class Libmilter:
@@ -185,6 +187,7 @@ class Libmilter:
         self._take_log()  # not before: that a port was in use is nobody's concern
         self._put(listener)
         self.ended, self._end = os.pipe()
+        _require_descriptors()
         error = lib.milter_serve(self._end)
         if error != 0:  # pragma: no cover (threads do not run out in tests)
             raise MilterError(f"no thread for libmilter: {os.strerror(error)}")
@@ -253,6 +256,13 @@ class Libmilter:
 libmilter = Libmilter()
 atexit.register(libmilter.at_exit)
 os.register_at_fork(after_in_child=libmilter.leave_log)
+
+
+def _require_descriptors() -> None:
+    """Raises OSError without as many as libmilter opens by itself, when it has begun and can only give up."""
+    with contextlib.ExitStack() as spare:
+        for _ in range(_OWN_DESCRIPTORS):
+            spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
 
 
 def _identity(descriptor: int) -> tuple[int, int] | None:
