@@ -248,11 +248,9 @@ _LONGEST_LABEL = 63  # RFC 1035, section 2.3.4
 def _domain(text: str) -> str:
     """In lower case, as DNS has it, without final dots. What cannot be a name there stays as it is."""
     domain = text.lower().rstrip(".")
-    if domain[:1] == "[":
-        return _literal(domain)
-    if domain.isascii() or len(domain) > _LONGEST_DOMAIN:
-        return domain
-    return ".".join([_label(label) for label in _DOTS.sub(".", domain).split(".")]).rstrip(".")
+    if not domain.isascii() and len(domain) <= _LONGEST_DOMAIN:
+        domain = ".".join([_label(label) for label in _DOTS.sub(".", domain).split(".")]).rstrip(".")
+    return _literal(domain) if domain[:1] == "[" else domain
 
 
 def _label(label: str) -> str:

@@ -218,13 +218,15 @@ class GatheredContent:
     :meth:`close`, when the call is over. The lock keeps another thread's read and that moment apart.
     """
 
-    __slots__ = ("_bytes", "_file", "_lock", "_memory", "error", "header_size", "size")
+    __slots__ = ("_bytes", "_file", "_lock", "_memory", "error", "header_size", "size", "spooled")
 
     def __init__(self, event: Any) -> None:
         self.error: int = event.content_error
         """An ``errno``: the message could not be gathered."""
         self.header_size: int = event.header_size
         self.size: int = event.content_size
+        self.spooled: bool = event.content_file >= 0
+        """It lies in a file."""
         self._bytes: bytes | None = None
         if event.content_file < 0 and self.size <= _COPIED_AT_ONCE:
             self._bytes = ffi.unpack(event.content, self.size) if self.size else b""

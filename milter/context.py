@@ -36,6 +36,8 @@ else:
 class GatheredContent(Content, Protocol):
     error: int
     """An ``errno``: the message could not be gathered."""
+    spooled: bool
+    """It lies in a file."""
 
 
 class Call(Protocol):

@@ -1,24 +1,32 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The open descriptors of this process, looked at from outside: libmilter tells nobody of its own."""
+"""The descriptors of this process: those that are open, looked at from outside, since libmilter tells nobody of its
+own; and those that must be.
+"""
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 
-__all__ = ["duplicate", "sockets"]
+__all__ = ["duplicate", "open_standard_streams", "sockets"]
 
 _MOST = 65536  # where there is no /proc
 
 
 def sockets() -> Iterator[tuple[int, socket.socket]]:
-    """Each descriptor that is a socket, with a duplicate of it, which is closed afterwards."""
+    """Each descriptor that is a socket, to be looked at and not to be kept.
+
+    This needs no descriptor of its own: a filter that stops asks here when there may be none left.
+    """
     for descriptor in _all():
         try:
-            copy = duplicate(descriptor)
+            borrowed = socket.socket(fileno=descriptor)
         except OSError:  # closed since it was listed, or no socket
             continue
-        with copy:
-            yield descriptor, copy
+        try:
+            yield descriptor, borrowed
+        finally:
+            borrowed.detach()
 
 
 def duplicate(descriptor: int) -> socket.socket:
@@ -29,6 +37,23 @@ def duplicate(descriptor: int) -> socket.socket:
     except OSError:
         os.close(copy)
         raise
+
+
+def open_standard_streams() -> None:
+    """What was closed of standard input, output and error leads to /dev/null from now on.
+
+    Otherwise the next sockets and files get the numbers 0 to 2, and what children print goes there.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            os.dup2(opened, descriptor)  # for children, too
+            if opened != descriptor:
+                os.close(opened)
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(descriptor, "r" if descriptor == 0 else "w", closefd=False))  # noqa: SIM115
 
 
 def _all() -> list[int]:

@@ -23,7 +23,6 @@ there will be none any more.
 """
 
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import monotonic
 from typing import Any, NamedTuple, TypeAlias
@@ -51,6 +50,7 @@ from milter.message import Message, freeze
 from milter.plan import Plan, make_plan
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, known_actions, known_options
 from milter.safe_log import SafeLog
+from milter.spool import Spool
 from milter.verdict import MEANINGFUL, Reply, Status, Verdict
 from milter.watch import Watch
 
@@ -183,6 +183,7 @@ class Engine:
         self._running = self.watch.running
         self._variables = loop.variables
         self._gathers = self.plan.gathers
+        self._spool = Spool(self.plan.spool_directory)
         self._leading_space = self.plan.shows_leading_space
         self._sees_refused = self.plan.sees_refused_recipients
         self._connections: dict[int, _Connection] = {}
@@ -378,6 +379,8 @@ class Engine:
         assert transaction is not None, "the end of a message without a message"
         if self._gathers and not call.content.error:
             transaction.message = self._message(transaction, call)
+            if call.content.spooled:
+                self._spool.worked()
         context: EomContext[Any, Any] = EomContext(connection, call)
         try:
             decision = self._first_decision(Stage.EOM, handlers, context, (), connection, call)
@@ -435,7 +438,7 @@ class Engine:
                 continue
             connection.handler = handler
             try:
-                given = (_whole(transaction, call),) if handler.form is WHOLE_MESSAGE else arguments
+                given = (_whole(transaction, call, self._spool),) if handler.form is WHOLE_MESSAGE else arguments
                 verdict = scope.variables.run(handler.function, context, *given)
                 if handler.asynchronous:
                     verdict = self._awaited(handler, verdict, stage, scope, call)
@@ -584,11 +587,10 @@ def _fitting(decision: Decision, stage: Stage) -> Decision:
     return decision if _status(decision) in MEANINGFUL[stage] else CONTINUE
 
 
-def _whole(transaction: Transaction | None, call: Call) -> Message:
+def _whole(transaction: Transaction | None, call: Call, spool: Spool) -> Message:
     assert transaction is not None, "the end of a message without a message"
     if transaction.message is None:
-        error = call.content.error
-        raise OSError(error, f"the message could not be kept for on_message: {os.strerror(error)}")
+        raise spool.failed(call.content.error)
     return transaction.message
 
 

@@ -14,23 +14,29 @@ import contextlib
 import os
 import socket
 import threading
+from pathlib import Path
 
 from milter import children
 from milter._shim import ffi, lib
 from milter.errors import MilterError
 from milter.log_pipe import LogPipe
 from milter.signals import wait_for_signal_thread
-from milter.standins import Placeholder, StageDoor, connect_to, unreachable_listener
+from milter.standins import Placeholder, Silence, StageDoor, connect_to
 
 # For a process that tests filters, and serves none.
 _NAME = "milter"
 _TIMEOUT = 7210
 _PACKET = 65535
+_OWN_DESCRIPTORS = 8
+"""More than its pipe, and those of the first connections."""
 
 
 class Libmilter:
     """It listens on a descriptor of its own making, behind which this class puts other sockets: the
     listener of the filter that runs, or between two runs one that nobody can reach.
+
+    The invariant: while a listener is behind the descriptor, what the next pause needs is there already. So a stop
+    needs no descriptor and no directory, which may have run out by then.
     """
 
     def __init__(self) -> None:
@@ -38,7 +44,9 @@ class Libmilter:
         self._family: int | None = None
         self._process = 0
         self._descriptor = -1
-        self._asleep_at: list[socket.socket] = []
+        self._asleep_at: list[socket.socket | Silence] = []
+        self._silence: Silence | None = None  # for the next pause
+        self._copy: socket.socket | None = None  # of the listener that serves, by which libmilter is woken later
         self._behind: tuple[int, int] | None = None
         self._listener: socket.socket | None = None  # of the filter that runs
         self._stage_door: StageDoor | None = None
@@ -84,6 +92,7 @@ class Libmilter:
         """
         with self._lock:
             self._require_alive()
+            self._prepare_pause(listener)
             if self._family is None:
                 self._start(listener, name, timeout, debug, max_data_size)
             elif self._family != listener.family and not self.redirected:
@@ -140,17 +149,34 @@ class Libmilter:
         with self._lock:
             if not self._listens():
                 return
+            assert self._silence is not None, "libmilter was not serving"
+            assert self._copy is not None
             self._listener = None
-            unreachable = unreachable_listener()
-            self._put(unreachable)
-            self._asleep_at = [unreachable, *([listener.dup()] if listener is not None else [])]
+            self._put(self._silence.socket)
+            self._asleep_at = [self._silence]
+            if listener is not None:
+                self._asleep_at.append(self._copy)
+            else:
+                self._copy.close()
+            self._silence = self._copy = None
+
+    def _prepare_pause(self, listener: socket.socket) -> None:
+        self._forget_preparations()
+        self._silence = Silence()
+        self._copy = listener.dup()
+
+    def _forget_preparations(self) -> None:
+        for prepared in (self._silence, self._copy):
+            if prepared is not None:
+                prepared.close()
+        self._silence = self._copy = None
 
     def _start(self, listener: socket.socket, name: str, timeout: int, debug: int, max_data_size: int) -> None:
         lib.milter_register(name.encode("utf-8", "surrogateescape"))
         lib.smfi_settimeout(timeout)
         lib.smfi_setdbg(debug)
         lib.milter_set_max_data_size(max_data_size)
-        with Placeholder(listener.family) as placeholder:
+        with Placeholder(listener.family, _directory_of(listener)) as placeholder:
             for specification in placeholder.specifications():
                 lib.smfi_setconn(specification.encode("ascii"))
                 if lib.smfi_opensocket(False) == 0:
@@ -163,6 +189,7 @@ class Libmilter:
         self._put(listener)
         self.ended, self._end = os.pipe()
         children.hide(self.ended)
+        _require_descriptors()
         error = lib.milter_serve(self._end)
         if error != 0:  # pragma: no cover (threads do not run out in tests)
             raise MilterError(f"no thread for libmilter: {os.strerror(error)}")
@@ -221,6 +248,7 @@ class Libmilter:
         """At the end of the process, which would complain of sockets that nobody has closed."""
         for replaced in self._asleep_at:
             replaced.close()
+        self._forget_preparations()
         if self._stage_door is not None and self._process == os.getpid():
             self._stage_door.remove()
             self._stage_door.socket.close()
@@ -237,12 +265,25 @@ atexit.register(libmilter.at_exit)
 os.register_at_fork(after_in_child=libmilter.forget_in_child)
 
 
+def _require_descriptors() -> None:
+    """Raises OSError without as many as libmilter opens by itself, when it has begun and can only give up."""
+    with contextlib.ExitStack() as spare:
+        for _ in range(_OWN_DESCRIPTORS):
+            spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+
+
 def _identity(descriptor: int) -> tuple[int, int] | None:
     try:
         found = os.fstat(descriptor)
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def _directory_of(listener: socket.socket) -> Path | None:
+    """Of a Unix socket with a path: the filter could make a socket there a moment ago."""
+    address = listener.getsockname()
+    return Path(address).parent if isinstance(address, str) and address else None
 
 
 def _family(family: int) -> str:

@@ -13,6 +13,7 @@ Everything that can be wrong is a :class:`SocketError` that says what, where and
 library opens the socket itself, since libmilter would tell of errors in the system's log only.
 """
 
+import contextlib
 import errno
 import grp
 import os
@@ -197,7 +198,14 @@ class Listener:
         if self.socket.fileno() >= 0 and self.exclusive is not None:
             # libmilter may wait at it with a reference of its own, which would keep the port.
             self.socket.shutdown(socket.SHUT_RDWR)
+            self._hang_up()
         self.withdraw()
+
+    def _hang_up(self) -> None:
+        """Those that wait to be accepted at a Unix socket would go on waiting; at TCP the shutdown has reset them."""
+        with contextlib.suppress(OSError):  # none is left
+            while self._family == socket.AF_UNIX:
+                self.socket.accept()[0].close()
 
     def withdraw(self) -> None:
         """Nobody finds it any more; processes that have it go on."""
@@ -207,17 +215,29 @@ class Listener:
 
 
 class SharedListener(Listener):
-    """Of one worker among several: its supervisor clears the socket away."""
+    """Of one worker among several, which leave it to those that come after them; its supervisor clears it away.
+
+    Once :meth:`let_end` was called no other worker comes, and the worker that stops first ends it for all.
+    """
 
     @classmethod
     def of(cls, listener: Listener) -> "SharedListener":
-        return cls(listener._endpoint, listener.socket.dup())
+        """In the worker: it takes the socket over, so that no copy is left that would keep the port."""
+        return cls(listener._endpoint, listener.socket)
+
+    def __init__(self, endpoint: Endpoint, opened: socket.socket) -> None:
+        super().__init__(endpoint, opened)
+        self._ends = False
+
+    def let_end(self) -> None:
+        """The filter stops, or its supervisor is gone. Any thread."""
+        self._ends = True
 
     @property
-    def exclusive(self) -> None:
-        return None
+    def exclusive(self) -> socket.socket | None:
+        return super().exclusive if self._ends else None
 
-    def close(self) -> None:
+    def withdraw(self) -> None:
         self.socket.close()
 
 

@@ -30,6 +30,6 @@ def _tell(state: str) -> None:
     if address.startswith("@"):  # in the abstract namespace
         address = "\0" + address[1:]
     # Whether systemd listens is its own business: the filter works without.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.connect(address)
         sender.send(f"{state}\n".encode("ascii"))

@@ -4,12 +4,11 @@
 The engine hands the result to the shim, which answers negotiations by it.
 """
 
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from milter import spool
 from milter.app import WHOLE_MESSAGE, Handler, Milter
 from milter.protocol import (
     MACRO_LISTS,
@@ -91,7 +90,7 @@ def make_plan(app: Milter[Any, Any], *, followed: bool = False) -> Plan:
         deferred=(handled & silent) - _MACROS_GO_SOON,
         gathers=gathers,
         spool_size=app.spool_size,
-        spool_directory=os.fspath(app.spool_directory or tempfile.gettempdir()),
+        spool_directory=spool.directory(app.spool_directory) if gathers else "",
         sees_refused_recipients=app.rejected_recipients and Stage.RCPT in handled,
         waits=any(handler.asynchronous for handlers in app.handlers.values() for handler in handlers),
         shows_leading_space=app.leading_space,

@@ -15,6 +15,7 @@ from typing import Any, Unpack
 
 from milter import children, logs, metrics
 from milter.app import Milter
+from milter.descriptors import open_standard_streams
 from milter.ending import tell_threads
 from milter.errors import MilterError
 from milter.green import refuse_green_threads
@@ -37,6 +38,7 @@ log = SafeLog("milter")
 
 def run(app: Milter[Any, Any], socket: str | None, **given: Unpack[RunOptions]) -> None:
     """Serve until a signal or :meth:`Milter.stop <milter.Milter.stop>`; see :meth:`Milter.run <milter.Milter.run>`."""
+    open_standard_streams()
     refuse_green_threads()
     options = run_options(given)
     if threading.current_thread() is not threading.main_thread():
@@ -60,6 +62,7 @@ def run(app: Milter[Any, Any], socket: str | None, **given: Unpack[RunOptions]) 
 
 def run_by_name(name: str, socket: str | None, options: RunOptions) -> int:
     """Serve the filter of this name (``module:app``), with a supervisor in any case; returns the exit code."""
+    open_standard_streams()
     given = run_options(options)
     step_down()
     return _supervise(functools.partial(_load, Place(), name), name, socket, given)
@@ -158,11 +161,12 @@ def _work(
 
     for end in useless:
         end.close()
-    children.hide(listener.socket.fileno())
+    shared = SharedListener.of(listener)
+    children.hide(shared.socket.fileno())
 
     def make(bell: Bell) -> Server:
         if user is not None:
             user.take_on()
-        return Server(get(), SharedListener.of(listener), bell, **those_of_start(options))
+        return Server(get(), shared, bell, **those_of_start(options))
 
-    return work(make, control, options["grace"])
+    return work(make, control, options["grace"], shared.let_end)

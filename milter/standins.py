@@ -25,14 +25,16 @@ _LONGEST_DIRECTORY = 100
 class Placeholder:
     """A socket that libmilter opens, on an address of our choice that nobody else uses."""
 
-    def __init__(self, family: int) -> None:
+    def __init__(self, family: int, fallback: Path | None = None) -> None:
+        """`fallback`: a directory for a Unix socket, where there is none for temporary files."""
         self._family = family
+        self._fallback = fallback
         self._directory: Path | None = None
         self._address: tuple[str, int] | str = ""
 
     def __enter__(self) -> "Placeholder":
         if self._family == socket.AF_UNIX:
-            self._directory = _private_directory()
+            self._directory = _private_directory(self._fallback)
         return self
 
     def __exit__(
@@ -63,20 +65,24 @@ class Placeholder:
         raise MilterError("libmilter's listening socket was not found among the descriptors of this process")
 
 
-def unreachable_listener() -> socket.socket:
-    """A listening socket without a name: libmilter waits there for nobody.
+class Silence:
+    """A socket at which libmilter waits for nobody: one end of a pair whose other end never says anything.
 
-    It must be one that listens: libmilter takes any other for a broken listener, and ends.
+    It needs neither a name nor a directory. It must be connected: libmilter takes a socket that hangs up for a broken
+    listener, and ends.
     """
-    directory = _private_directory()
-    path = directory / "s"
-    listener = socket.socket(socket.AF_UNIX)
-    listener.setblocking(False)
-    listener.bind(str(path))
-    listener.listen(1)
-    path.unlink()
-    directory.rmdir()
-    return listener
+
+    def __init__(self) -> None:
+        self.socket, self._other_end = socket.socketpair()
+        self.socket.setblocking(False)
+
+    def shutdown(self, how: int) -> None:
+        """With SHUT_RDWR it ends the wait of whoever waits there."""
+        self.socket.shutdown(how)
+
+    def close(self) -> None:
+        self.socket.close()
+        self._other_end.close()
 
 
 class StageDoor:
@@ -119,13 +125,22 @@ def connect_to(listener: socket.socket) -> socket.socket:
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
-def _private_directory() -> Path:
+def _private_directory(fallback: Path | None = None) -> Path:
     """For a socket's path, which may have 107 bytes at most."""
-    directory = tempfile.mkdtemp(prefix="milter-")
-    if len(directory) > _LONGEST_DIRECTORY:
+    reasons = []
+    for parent in (None, Path("/tmp"), Path("/dev/shm"), fallback):  # None: the system's choice, or TMPDIR
+        try:
+            directory = tempfile.mkdtemp(prefix="milter-", dir=parent)
+        except OSError as failure:  # there is none, or it is full or read-only
+            reasons.append(str(failure))
+            continue
+        if len(directory) <= _LONGEST_DIRECTORY:
+            return Path(directory)
         Path(directory).rmdir()
-        directory = tempfile.mkdtemp(prefix="milter-", dir="/tmp")
-    return Path(directory)
+    raise MilterError(
+        "libmilter needs a directory for its socket at the start, and none can be written: let TMPDIR name one "
+        f"({'; '.join(reasons)})"
+    )
 
 
 def _listens(candidate: socket.socket, family: int, address: tuple[str, int] | str) -> bool:

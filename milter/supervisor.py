@@ -9,7 +9,8 @@ What is said between the two, over a socket pair:
 
 - the worker says ``READY`` when it accepts connections, ``DONE`` when the filter itself asked for the stop, ``FAILED``
   when a handler raised and the filter's policy is to stop (``on_error="shutdown"``);
-- the supervisor says ``DRAIN`` and ``END``. Its end, however it comes, means DRAIN, too.
+- the supervisor says ``DRAIN`` to workers that others replace, ``STOP`` to those that nobody replaces (they drain, and
+  end the listening socket as they begin), and ``END``. Its end, however it comes, means STOP, too.
 
 The invariants:
 
@@ -33,12 +34,12 @@ from milter import children, notify, signals
 from milter.listener import Listener
 from milter.safe_log import SafeLog
 
-__all__ = ["DONE", "DRAIN", "END", "FAILED", "READY", "Supervisor"]
+__all__ = ["DONE", "DRAIN", "END", "FAILED", "READY", "STOP", "Supervisor"]
 
 log = SafeLog("milter")
 
 READY, DONE, FAILED = b"+", b".", b"!"
-DRAIN, END = b"d", b"q"
+DRAIN, STOP, END = b"d", b"s", b"q"
 
 _START_LIMIT = 120.0  # seconds until a worker must be ready
 _KILL_AFTER = 5.0  # seconds beyond the grace, or after END, until a worker is killed
@@ -60,6 +61,8 @@ class _Worker:
     ready: bool = False
     told: bool = False
     """It knows that it shall end; so its death is no surprise."""
+    killed: bool = False
+    """It did not end in time, at the stop."""
     deadline: float = field(default_factory=lambda: time.monotonic() + _START_LIMIT)
     """When it is killed: never, once it is ready, until it is told to end."""
 
@@ -343,8 +346,8 @@ class Supervisor:
         worker.control.close()
         self._forget(worker.pid)
         if worker.told:
-            if code == EXIT_FAILED:  # it told why
-                self._exit_code = self._exit_code or code
+            if code == EXIT_FAILED or worker.killed:  # it told why, or did not end in time
+                self._exit_code = self._exit_code or EXIT_FAILED
             return
         if worker.ready:
             log.error("worker %d %s; its place is taken", worker.pid, _how(code))
@@ -424,7 +427,7 @@ class Supervisor:
         self._stopping = True
         notify.stopping()
         self._listener.withdraw()
-        self._tell(self._workers.values(), DRAIN, self._grace + _KILL_AFTER)
+        self._tell(self._workers.values(), STOP, self._grace + _KILL_AFTER)
 
     def _hurry(self) -> None:
         self._tell(self._workers.values(), END, _KILL_AFTER)
@@ -443,6 +446,7 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.pid, signal.SIGKILL)
             worker.deadline = float("inf")
+            worker.killed = self._stopping
 
 
 def _how(code: int) -> str:

@@ -16,7 +16,7 @@ from milter.errors import HandlerError, MilterError
 from milter.safe_log import SafeLog
 from milter.server import Server
 from milter.signals import Bell
-from milter.supervisor import DONE, DRAIN, END, EXIT_FAILED, EXIT_NOT_STARTED, FAILED, READY
+from milter.supervisor import DONE, DRAIN, END, EXIT_FAILED, EXIT_NOT_STARTED, FAILED, READY, STOP
 
 __all__ = ["work"]
 
@@ -25,9 +25,12 @@ log = SafeLog("milter")
 _LAST_WAIT = 2.0  # seconds that threads get when the grace is over
 
 
-def work(make: Callable[[Bell], Server], control: socket.socket, grace: float) -> int:
-    """In the child: serve until told to end; returns the exit code. `make` loads the filter and makes its server."""
-    worker = _Worker(control, grace)
+def work(make: Callable[[Bell], Server], control: socket.socket, grace: float, let_end: Callable[[], None]) -> int:
+    """In the child: serve until told to end; returns the exit code. `make` loads the filter and makes its server.
+
+    `let_end` is called when no other worker comes after this one, before it stops: the port is to be free then.
+    """
+    worker = _Worker(control, grace, let_end)
     with worker.bell.rung_by_signals():
         try:
             return worker.serve(make)
@@ -36,9 +39,10 @@ def work(make: Callable[[Bell], Server], control: socket.socket, grace: float) -
 
 
 class _Worker:
-    def __init__(self, control: socket.socket, grace: float) -> None:
+    def __init__(self, control: socket.socket, grace: float, let_end: Callable[[], None]) -> None:
         self._control = control
         self._grace = grace
+        self._let_end = let_end
         self.bell = Bell.of_a_worker()
         self._told = False
         self._insisted = threading.Event()
@@ -88,7 +92,9 @@ class _Worker:
                 said = self._control.recv(16)
             except OSError:  # pragma: no cover (the supervisor died before it read what was said)
                 said = b""
-            if (DRAIN in said or not said) and not self._told:
+            if STOP in said or not said:
+                self._let_end()
+            if (DRAIN in said or STOP in said or not said) and not self._told:
                 self._told = True
                 self.bell.ring()
             if END in said:

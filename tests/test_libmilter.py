@@ -11,7 +11,7 @@ import pytest
 from milter import descriptors
 from milter.errors import MilterError
 from milter.libmilter import Libmilter, libmilter
-from milter.standins import Placeholder, unreachable_listener
+from milter.standins import Placeholder
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,8 @@ def test_a_long_directory_for_temporary_files_is_too_long_for_a_socket(
     long = tmp_path / ("x" * 100)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    unreachable_listener().close()
+    with Placeholder(socket.AF_UNIX) as placeholder:
+        next(placeholder.specifications())
     assert list(long.iterdir()) == []
 
 

@@ -217,7 +217,7 @@ def test_a_worker_that_does_nothing_any_more_is_killed(run: Any) -> None:
     worker = process.worker()
     os.kill(worker, signal.SIGSTOP)
     process.signal(signal.SIGTERM)
-    assert process.wait() == 0
+    assert process.wait() == 70
     assert f"worker {worker} did not end in time, and is killed" in process.log.text
 
 

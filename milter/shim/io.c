@@ -51,6 +51,14 @@
  *   a while, as many workers are started as sessions wait, by the function that
  *   libmilter itself starts them with. Those that are not needed any more end by
  *   themselves.
+ *
+ * When something runs out
+ *
+ *   Without a descriptor for it, a connection cannot be accepted, and libmilter would
+ *   try again at once, for ever. So a failed accept takes a while here. Without a
+ *   thread libmilter would forget the session that it wanted to serve by it; so the
+ *   session is given to the workers that there are (serve_later). Both are logged
+ *   once when they begin, and once when they are over.
  */
 #define _GNU_SOURCE
 
@@ -73,6 +81,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <syslog.h>
@@ -85,6 +94,7 @@ enum {
     BLOCKS_KEPT = 32,  /* free blocks that are not given back to malloc */
     CHUNK = 256,       /* entries that are allocated at once */
     CHUNKS = 4096,     /* descriptors above CHUNK * CHUNKS are served without a block */
+    PAUSE = 50,        /* milliseconds until the next accept, when one has failed */
     LOOK = 1,          /* milliseconds between two looks at the queue, while there is one */
     YIELDS = 2,        /* times that a thread gives way before it goes to sleep */
     CONNECT = 'C'      /* the letter of that command */
@@ -92,6 +102,8 @@ enum {
 
 /* Nanoseconds in which a worker should come for one of the sessions in the queue. */
 static const int64_t PATIENCE = 1000 * 1000;
+/* Nanoseconds until threads are tried again, when there were none. */
+static const uint64_t RETRY = 100 * 1000 * 1000;
 
 struct block {
     struct block *next_free;
@@ -123,6 +135,7 @@ struct connection {
 static _Atomic(struct connection *) table[CHUNKS];
 static atomic_uint queue_length;
 static _Atomic uint64_t queue_moved; /* when a worker came for one of the queue, or the first one was promised */
+static atomic_bool has_pool; /* libmilter was built with its pool of workers */
 static void *(*_Atomic worker)(void *); /* libmilter's function for its workers, once it is known */
 
 static pthread_mutex_t blocks_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -137,7 +150,9 @@ static _Thread_local struct {
 } last_read = {-1, 0, NULL};
 static atomic_int log_descriptor = -1;
 static atomic_int expected_family = AF_UNSPEC;
+static _Thread_local bool giving_back; /* see serve_later */
 
+void __wrap_syslog(int priority, const char *format, ...) __attribute__((format(printf, 2, 3)));
 int __real_accept(int fd, struct sockaddr *address, socklen_t *size);
 int __real_close(int fd);
 int __real_pthread_cond_signal(pthread_cond_t *condition);
@@ -284,16 +299,40 @@ static bool queue_stands(void)
     return atomic_load(&queue_length) > 0 && (int64_t)(now() - atomic_load(&queue_moved)) > PATIENCE;
 }
 
+/* By whoever starts threads for libmilter. Says once that there are none, and once that there are again. */
+static void note_start(int error)
+{
+    static atomic_bool failing;
+
+    if (error != 0) {
+        if (!atomic_exchange(&failing, true))
+            __wrap_syslog(LOG_ERR,
+                          "no thread can be started (%s): connections wait for those that there are. Raise the limit "
+                          "of threads (systemd: TasksMax=, LimitNPROC=; ulimit -u) or of memory, or let the MTA open "
+                          "fewer connections",
+                          strerror(error));
+    } else if (atomic_load(&failing) && atomic_exchange(&failing, false)) {
+        __wrap_syslog(LOG_NOTICE, "threads can be started again");
+    }
+}
+
 /* By libmilter's controller or listener: a worker for each session of a queue that stands. */
 static void start_workers(void)
 {
     void *(*const routine)(void *) = atomic_load(&worker);
     pthread_t thread;
 
-    for (unsigned missing = routine != NULL ? atomic_load(&queue_length) : 0; missing > 0; missing--)
-        if (milter_start_thread(&thread, NULL, routine, NULL) != 0) /* it detaches itself */
+    uint64_t pause = 0;
+
+    for (unsigned missing = routine != NULL ? atomic_load(&queue_length) : 0; missing > 0; missing--) {
+        const int error = milter_start_thread(&thread, NULL, routine, NULL); /* it detaches itself */
+        note_start(error);
+        if (error != 0) {
+            pause = RETRY;
             break;
-    atomic_store(&queue_moved, now());
+        }
+    }
+    atomic_store(&queue_moved, now() + pause);
 }
 
 /*
@@ -747,12 +786,62 @@ static void log_line(int priority, const char *format, va_list arguments)
 
 #define WRAP __attribute__((used, visibility("hidden")))
 
+static bool accept_fails; /* for want of something; libmilter's listener alone touches it */
+
+static bool runs_out(int error)
+{
+    return error == EMFILE || error == ENFILE || error == ENOMEM || error == ENOBUFS;
+}
+
+/*
+ * By libmilter's listener: accept has failed. libmilter tries again at once, so
+ * that waits here for a while. A socket that does not listen is one that another
+ * process has shut down, or that was replaced behind the descriptor: nothing to
+ * tell of, but libmilter would give up after some. Returns the errno for libmilter.
+ */
+static int note_failed_accept(int error)
+{
+    struct rlimit limit = {0, 0};
+
+    if (error == EINVAL) {
+        __real_poll(NULL, 0, PAUSE);
+        return EAGAIN;
+    }
+    if (!runs_out(error))
+        return error;
+    if (!accept_fails) {
+        accept_fails = true;
+        (void)getrlimit(RLIMIT_NOFILE, &limit);
+        __wrap_syslog(LOG_ERR,
+                      "connections cannot be accepted (%s): they wait until others have ended. A process may have %llu "
+                      "open files: raise the limit (systemd: LimitNOFILE=; ulimit -n), or let the MTA open fewer "
+                      "connections",
+                      strerror(error), (unsigned long long)limit.rlim_cur);
+    }
+    __real_poll(NULL, 0, PAUSE);
+    return error;
+}
+
+/* By libmilter's listener, which has accepted a connection: it is over when no other one waits. */
+static void note_accept(int fd)
+{
+    struct pollfd others = {fd, POLLIN, 0};
+
+    if (accept_fails && __real_poll(&others, 1, 0) == 0) {
+        accept_fails = false;
+        __wrap_syslog(LOG_NOTICE, "all connections that waited were accepted");
+    }
+}
+
 WRAP int __wrap_accept(int fd, struct sockaddr *address, socklen_t *size)
 {
     static _Thread_local struct pollfd newcomer;
     const int accepted = __real_accept(fd, address, size);
 
-    if (accepted >= 0) {
+    if (accepted < 0) {
+        errno = note_failed_accept(errno);
+    } else {
+        note_accept(fd);
         const bool named = address != NULL && *size >= sizeof address->sa_family;
         adopt(accepted, named && (address->sa_family == AF_INET || address->sa_family == AF_INET6));
         const int family = atomic_load(&expected_family);
@@ -760,7 +849,7 @@ WRAP int __wrap_accept(int fd, struct sockaddr *address, socklen_t *size)
             address->sa_family = (sa_family_t)family; /* libmilter looks at nothing else of it */
         newcomer = (struct pollfd){accepted, POLLIN, POLLIN};
         note_ready(&newcomer, 1, 1);
-        if (first_threads.twice != NULL && atomic_load(&worker) == NULL)
+        if (first_threads.twice != NULL && !atomic_exchange(&has_pool, true) && atomic_load(&worker) == NULL)
             atomic_store(&worker, first_threads.twice);
     }
     return accepted;
@@ -777,6 +866,24 @@ WRAP int __wrap_pthread_cond_signal(pthread_cond_t *condition)
 }
 
 /*
+ * By libmilter's controller or listener, under libmilter's lock: there is no thread
+ * for this session, and no idle worker. libmilter's function for workers gives a
+ * session back, to be served by any worker, when it cannot detach its thread. So
+ * it is called here, and fails to (threads.c). Then whoever waits for the queue
+ * tries again to start a worker.
+ */
+static void serve_later(struct connection *connection, void *(*routine)(void *), void *session)
+{
+    giving_back = true;
+    milter_refuse_detach(true);
+    routine(session);
+    milter_refuse_detach(false);
+    giving_back = false;
+    enter_queue(connection);
+    atomic_store(&queue_moved, now() + RETRY);
+}
+
+/*
  * libmilter starts a worker for a session, or, before it accepts the first one,
  * its controller and some workers that have none. Anybody's threads start here,
  * but only libmilter's listener has the one, and accepts later.
@@ -784,14 +891,21 @@ WRAP int __wrap_pthread_cond_signal(pthread_cond_t *condition)
 WRAP int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*routine)(void *),
                                void *argument)
 {
-    if (next_dispatched() != NULL) {
+    struct connection *connection = next_dispatched();
+
+    if (connection != NULL) {
         atomic_store(&worker, routine);
     } else if (argument == NULL) {
         if (first_threads.last == routine)
             first_threads.twice = routine;
         first_threads.last = routine;
     }
-    return milter_start_thread(thread, attributes, routine, argument);
+    const int error = milter_start_thread(thread, attributes, routine, argument);
+    note_start(error);
+    if (error == 0 || connection == NULL || !atomic_load(&has_pool))
+        return error;
+    serve_later(connection, routine, argument);
+    return 0;
 }
 
 /* The entry is left before the descriptor is, which may be another connection's at once. */
@@ -876,6 +990,8 @@ WRAP void __wrap_syslog(int priority, const char *format, ...)
 {
     va_list arguments;
 
+    if (giving_back)
+        return; /* that a thread could not be detached */
     va_start(arguments, format);
     log_line(priority, format, arguments);
     va_end(arguments);
@@ -886,6 +1002,8 @@ WRAP void __wrap___syslog_chk(int priority, int flag, const char *format, ...)
     va_list arguments;
 
     (void)flag;
+    if (giving_back)
+        return;
     va_start(arguments, format);
     log_line(priority, format, arguments);
     va_end(arguments);

@@ -17,7 +17,7 @@
 
 #if MILTER_IO_WRAPPED
 
-#include <stdbool.h>
+#include <errno.h>
 #include <stdlib.h>
 
 enum { KEPT = 32 }; /* idle threads; more of them end, as without this file */
@@ -38,7 +38,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct idle *idle;
 static int idle_count;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
-static _Thread_local int detached;
+static _Thread_local bool detached, refuse_detach;
 
 int __real_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*start)(void *), void *argument);
 int __real_pthread_cond_signal(pthread_cond_t *condition);
@@ -123,13 +123,21 @@ int milter_start_thread(pthread_t *thread, const pthread_attr_t *attributes, voi
     return error;
 }
 
+/* By a thread that is about to run a worker's task, which then gives its session back (io.c). */
+void milter_refuse_detach(bool refuse)
+{
+    refuse_detach = refuse;
+}
+
 /* Each task of libmilter detaches its thread, but a thread can be detached only once. */
 __attribute__((used, visibility("hidden"))) int __wrap_pthread_detach(pthread_t thread)
 {
+    if (refuse_detach)
+        return EAGAIN;
     if (pthread_equal(thread, pthread_self())) {
         if (detached)
             return 0;
-        detached = 1;
+        detached = true;
     }
     return __real_pthread_detach(thread);
 }

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a filter does when descriptors, threads, memory or the disk run out under load, and when they are back.
+
+The limits of a running worker are lowered from outside, real messages are sent meanwhile, and each must get its own
+verdict: the filter answers with the sender that it saw. Then the limits are raised again.
+"""
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milter import EomContext, Message, Milter, MilterError, Status
+from milter.libmilter import libmilter
+from milter.pidfile import pidfile
+from milter.spool import Spool, directory
+from milter.testing import AddHeader, Client, Verdict, WireError
+from tests.conftest import Serve
+from tests.filter_process import PATIENCE, FilterProcess
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="prlimit(2) and /proc are Linux's")
+
+needs_redirection = pytest.mark.skipif(
+    not libmilter.redirected, reason="libmilter's own accept and pthread_create are used"
+)
+
+FILTER = """
+import os
+from milter import EomContext, Message, Milter, Status
+
+app = Milter("scarce", spool_size=1000, spool_directory=os.environ.get("SPOOL"))
+
+@app.on_message
+def token(ctx: EomContext, message: Message) -> Status:
+    message.headers["X-Token"] = f"{ctx.sender} {len(message.body)}"
+    return Status.CONTINUE
+
+@app.on_stop
+def stopped():
+    os.write(2, b"on_stop was run\\n")
+"""
+CLIENTS = 40
+LARGE = b"x" * 5000 + b"\r\n"
+
+
+class Scarce(FilterProcess):
+    """A filter with a supervisor, and one worker whose limits can be changed."""
+
+    def __init__(self, place: Path, *options: str, where: str | None = None, **more: Any) -> None:
+        (place / "scarce.py").write_text(FILTER)
+        specification = where or f"unix:{place}/s"
+        super().__init__(
+            "-m",
+            "milter",
+            "run",
+            "scarce:app",
+            "-s",
+            specification,
+            "--backlog",
+            "200",
+            *options,
+            directory=place,
+            **more,
+        )
+
+    @property
+    def worker(self) -> int:
+        return int(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()[0])
+
+    def take_descriptors(self, *processes: int) -> None:
+        """No process of these can open one more."""
+        for process in processes or (self.worker,):
+            highest = max(int(name) for name in os.listdir(f"/proc/{process}/fd"))
+            hard = resource.prlimit(process, resource.RLIMIT_NOFILE)[1]
+            resource.prlimit(process, resource.RLIMIT_NOFILE, (highest + 1, hard))
+
+    def take_threads(self) -> None:
+        """The worker cannot have the memory for the stack of one more thread, but some for messages."""
+        pages = int(Path(f"/proc/{self.worker}/statm").read_text().split()[0])
+        size = pages * resource.getpagesize() + 4 * 1024 * 1024
+        resource.prlimit(self.worker, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+
+    def give_back(self) -> None:
+        hard = resource.prlimit(self.worker, resource.RLIMIT_NOFILE)[1]
+        resource.prlimit(self.worker, resource.RLIMIT_NOFILE, (hard, hard))
+        resource.prlimit(self.worker, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.fixture
+def scarce(tmp_path: Path) -> Iterator[Callable[..., Scarce]]:
+    with contextlib.ExitStack() as stack:
+        yield lambda *options, **more: stack.enter_context(Scarce(tmp_path, *options, **more))
+
+
+def token(client: Client, name: str, body: bytes = b"x\r\n") -> Verdict:
+    """Send a message. If it is accepted, it must be this one that the filter saw."""
+    client.mail(f"<{name}@client.example>")
+    client.rcpt("<bob@mta.example>")
+    client.data()
+    client.header("Subject", "test")
+    client.eoh()
+    client.body(body)
+    end = client.end_of_message()
+    if end.answer.verdict is Verdict.CONTINUE:
+        values = [event.value for event in end.events if isinstance(event, AddHeader)]
+        assert [value.strip() for value in values] == [f"{name}@client.example {len(body)}"]
+    return end.answer.verdict
+
+
+def greeted(where: str) -> Client:
+    client = Client.connect(where, timeout=PATIENCE)
+    client.negotiate()
+    client.connect_info()
+    client.helo()
+    return client
+
+
+def alone(where: str, name: str, body: bytes = b"x\r\n") -> Verdict:
+    """One message, by a connection of its own."""
+    client = greeted(where)
+    verdict = token(client, name, body)
+    client.quit()
+    client.close()
+    return verdict
+
+
+class Load:
+    """Many clients at once, each with one message."""
+
+    def __init__(self, where: str, body: bytes = b"x\r\n") -> None:
+        self.verdicts: list[Verdict] = []
+        self.failures: list[BaseException] = []
+        self._threads = [threading.Thread(target=self._send, args=(where, f"u{i}", body)) for i in range(CLIENTS)]
+        for thread in self._threads:
+            thread.start()
+
+    def _send(self, where: str, name: str, body: bytes) -> None:
+        try:
+            self.verdicts.append(alone(where, name, body))
+        except BaseException as failure:
+            self.failures.append(failure)
+
+    def end(self) -> list[Verdict]:
+        for thread in self._threads:
+            thread.join(PATIENCE)
+        assert self.failures == []
+        assert len(self.verdicts) == CLIENTS
+        return self.verdicts
+
+
+# ---- Running out under load
+
+
+@needs_redirection
+def test_without_descriptors_connections_wait_and_are_served_when_there_are_some(scarce: Any) -> None:
+    process = scarce()
+    where = process.socket
+    assert alone(where, "first") is Verdict.CONTINUE
+    process.take_descriptors()
+    idle = [Client.connect(where, timeout=PATIENCE) for _ in range(CLIENTS)]  # there may be gaps among the numbers
+    load = Load(where)
+    process.stderr.wait_for("connections cannot be accepted (Too many open files)")
+    process.give_back()
+    for client in idle:
+        client.close()
+    assert set(load.end()) == {Verdict.CONTINUE}
+    process.stderr.wait_for("all connections that waited were accepted")
+    assert process.stderr._count("cannot be accepted") == 1
+    assert alone(where, "last") is Verdict.CONTINUE
+
+
+@needs_redirection
+def test_without_threads_the_sessions_are_served_by_those_that_there_are(scarce: Any) -> None:
+    process = scarce()
+    where = process.socket
+    assert alone(where, "first") is Verdict.CONTINUE
+    process.take_threads()
+    assert set(Load(where).end()) == {Verdict.CONTINUE}
+    process.stderr.wait_for("no thread can be started (Resource temporarily unavailable)")
+    process.give_back()
+    assert set(Load(where).end()) == {Verdict.CONTINUE}
+    process.stderr.wait_for("threads can be started again")
+    assert process.stderr._count("no thread can be started") == 1
+
+
+def test_without_a_disk_large_messages_are_deferred_and_small_ones_are_not(scarce: Any, tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    process = scarce(environment={"SPOOL": str(spool)})
+    where = process.socket
+    assert alone(where, "first", LARGE) is Verdict.CONTINUE
+    spool.rmdir()
+    assert set(Load(where, LARGE).end()) == {Verdict.TEMPFAIL}
+    assert set(Load(where).end()) == {Verdict.CONTINUE}
+    spool.mkdir()
+    assert set(Load(where, LARGE).end()) == {Verdict.CONTINUE}
+    process.log.wait_for(f"messages can be kept in {spool} again")
+    assert process.log._count(f"a message cannot be kept in {spool}, Milter(spool_directory=…): No such file") == 1
+
+
+# ---- Stop and reload without anything
+
+
+def test_a_stop_needs_no_descriptor_and_no_directory(scarce: Any, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    process = scarce("--pidfile", str(tmp_path / "pid"), environment={"TMPDIR": str(gone)})
+    client = greeted(process.socket)
+    gone.rmdir()
+    process.take_descriptors(process.worker, process.pid)
+    process.signal(signal.SIGTERM)
+    process.log.wait_for("for the end of open connections: 1")
+    assert token(client, "late") is Verdict.CONTINUE
+    client.quit()
+    client.close()
+    assert process.wait() == 0
+    assert "on_stop was run" in process.stderr.lines
+    assert not (tmp_path / "pid").exists()
+
+
+def test_a_reload_without_descriptors_leaves_the_old_workers(scarce: Any) -> None:
+    process = scarce()
+    where = process.socket
+    client = greeted(where)
+    before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    process.take_descriptors(process.pid)
+    process.signal(signal.SIGHUP)
+    process.log.wait_for("The old one goes on")
+    assert token(client, "still") is Verdict.CONTINUE
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
+    process.signal(signal.SIGHUP)
+    process.log.wait_for("was loaded again")
+    client.quit()
+    client.close()
+    assert alone(where, "new") is Verdict.CONTINUE
+
+
+def test_the_port_is_closed_as_the_draining_begins(scarce: Any) -> None:
+    process = scarce(where="inet:0@127.0.0.1")
+    where = process.socket
+    client = greeted(where)
+    process.signal(signal.SIGTERM)
+    process.log.wait_for("for the end of open connections: 1")
+    with pytest.raises((MilterError, WireError)):
+        greeted(where)
+    assert token(client, "late") is Verdict.CONTINUE
+    client.quit()
+    client.close()
+    assert process.wait() == 0
+
+
+@pytest.mark.parametrize("kind", ["inet", "unix"])
+def test_after_the_supervisor_was_killed_another_one_starts_while_workers_drain(
+    scarce: Any, tmp_path: Path, kind: str
+) -> None:
+    options = ("--pidfile", str(tmp_path / "pid"))
+    first = scarce(*options, where="inet:0@127.0.0.1" if kind == "inet" else f"unix:{tmp_path}/s")
+    where = first.socket
+    client = greeted(where)
+    os.kill(first.pid, signal.SIGKILL)
+    first.log.wait_for("for the end of open connections: 1")
+    second = scarce(*options, where=where)
+    assert second.socket == where
+    assert alone(where, "new") is Verdict.CONTINUE
+    assert token(client, "old") is Verdict.CONTINUE
+    client.quit()
+    client.close()
+    assert first.wait() == -signal.SIGKILL
+
+
+def test_standard_streams_that_are_closed_lead_nowhere(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "streams")
+    (tmp_path / "streams.py").write_text(
+        "import os, sys\nfrom milter import Milter\napp = Milter('streams')\n"
+        "@app.on_start\ndef start():\n    print('nowhere'); print('nowhere', file=sys.stderr)\n"
+        "    with open('streams', 'w') as f:\n"
+        "        f.write(' '.join(os.readlink(f'/proc/self/fd/{n}') for n in range(3)))\n"
+    )
+    command = f"exec {sys.executable} -m milter run streams:app -s unix:{tmp_path}/t <&- >&- 2>&-"
+    process = subprocess.Popen(["sh", "-c", command], cwd=tmp_path)
+    try:
+        assert (tmp_path / "streams").read_text() == "/dev/null /dev/null /dev/null"
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+# ---- At the start
+
+
+def test_no_directory_at_all_is_needed_without_on_message(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    app = Milter("test")
+
+    @app.on_eom
+    def mark(ctx: EomContext) -> Status:
+        return Status.CONTINUE
+
+    assert serve(app).greeted()
+
+    whole = Milter("test")
+
+    @whole.on_message
+    def see(ctx: EomContext, message: Message) -> Status:
+        return Status.CONTINUE
+
+    with pytest.raises(MilterError, match=r"let Milter\(spool_directory=…\) or TMPDIR name one"):
+        directory(None)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("missing", "No such file"), ("file", "Not a directory")])
+def test_a_spool_directory_that_is_none_is_refused_at_the_start(tmp_path: Path, kind: str, reason: str) -> None:
+    place = tmp_path / "spool"
+    if kind == "file":
+        place.write_text("")
+    app = Milter("test", spool_directory=place)
+
+    @app.on_message
+    def see(ctx: EomContext, message: Message) -> Status:
+        return Status.CONTINUE
+
+    with pytest.raises(MilterError, match=rf"no file can be made in {place}, Milter\(spool_directory=…\).*{reason}"):
+        app.start(f"unix:{tmp_path}/s")
+
+
+def test_an_outage_of_the_spool_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "milter")
+    spool = Spool("/spool")
+    for _ in range(2):
+        for _ in range(3):
+            assert "/spool" in str(spool.failed(28))
+        for _ in range(3):
+            spool.worked()
+    told = [(record.levelname, record.message) for record in caplog.records]
+    assert [level for level, _ in told] == ["ERROR", "INFO"] * 2
+    assert "make room there" in told[0][1]
+
+
+# ---- The pidfile
+
+
+def test_a_second_copy_does_not_take_the_pidfile(scarce: Any, tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    first = scarce("--pidfile", str(path))
+    assert first.socket
+    with FilterProcess(
+        "-m", "milter", "run", "scarce:app", "-s", f"unix:{tmp_path}/t", "--pidfile", str(path), directory=tmp_path
+    ) as second:
+        assert second.wait() == 1
+    assert f"the pidfile {path} belongs to process {first.pid}, which is running" in second.stderr.text
+    assert path.read_text() == f"{first.pid}\n"
+    first.stop()
+    assert not path.exists()
+
+
+def test_a_pidfile_that_was_left_behind_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    path.write_text(f"{os.getppid()}\n")  # of a process that runs, and is another
+    with pidfile(str(path)):
+        assert path.read_text() == f"{os.getpid()}\n"
+    assert list(tmp_path.iterdir()) == []
