@@ -353,22 +353,18 @@ class TestMacros:
         assert [answer.text for answer in answers] == [f"2.0.0 Ok: queued as {queue_id}" for queue_id in queue_ids]
         assert len(set(queue_ids)) == 2
 
-    @pytest.mark.parametrize(
-        ("program", "stages"),
-        [((GUARD,), {"RCPT"}), (INSPECT, {"CONNECT", "HELO", "MAIL", "RCPT", "DATA"})],
-        ids=["guard", "inspector"],
-    )
     def test_a_requested_list_always_brings_the_servers_name_so_that_nothing_older_remains(
-        self, postfix: Postfix, run_filter: RunFilter, socket_spec: str, program: tuple[str, ...], stages: set[str]
+        self, postfix: Postfix, run_filter: RunFilter, socket_spec: str
     ) -> None:
-        running = run_filter(*program, socket_spec)
+        running = run_filter(*INSPECT, socket_spec)
         port = postfix.milter_service(running.socket, debug_peer_list="127.0.0.1")
         before = len(postfix.log())
 
         assert send(port).code == 250
 
         sent = dict(re.findall(r"event: SMFIC_([A-Z]+); macros: (.*)", postfix.log()[before:]))
-        assert stages <= {stage for stage, macros in sent.items() if "j=mta.test" in macros.split()}
+        named = {stage for stage, macros in sent.items() if "j=mta.test" in macros.split()}
+        assert named >= {"CONNECT", "HELO", "MAIL", "RCPT", "DATA"}
 
     def test_a_requested_list_loses_nothing_of_what_is_sent_by_default(
         self, postfix: Postfix, run_filter: RunFilter, socket_spec: str
