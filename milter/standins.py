@@ -75,12 +75,15 @@ class Silence:
     def __init__(self) -> None:
         self.socket, self._other_end = socket.socketpair()
         self.socket.setblocking(False)
+        self._hidden = [children.hide(end.fileno()) for end in (self.socket, self._other_end)]
 
     def shutdown(self, how: int) -> None:
         """With SHUT_RDWR it ends the wait of whoever waits there."""
         self.socket.shutdown(how)
 
     def close(self) -> None:
+        for number in self._hidden:
+            children.show(number)
         self.socket.close()
         self._other_end.close()
 

@@ -288,6 +288,7 @@ def test_a_message_all_of_whose_recipients_were_refused_is_refused(
             raise RuntimeError("no list")
         return verdict  # type: ignore[no-any-return]
 
+    app.on_unknown(lambda ctx, command: Status.CONTINUE)
     peer = serve(app, access_log=True, metrics="0")
     client = peer.greeted()
     client.mail("<ann@client.example>")
@@ -296,6 +297,8 @@ def test_a_message_all_of_whose_recipients_were_refused_is_refused(
         client.rcpt(f"<{name}>")
     for step in giving_up.split():
         STEPS[step](client)
+    if "mail" in giving_up:
+        client.unknown("PING")  # whose answer shows that MAIL was read: libmilter may miss what comes before a hang-up
     if "quit" in giving_up:
         client.wait_for_close()
     peer.hang_up()
@@ -326,14 +329,15 @@ def test_a_refused_message_has_one_line_whatever_the_mta_sends_next(
     if stage != "mail":
         client.rcpt("<bob@mta.example>")
         client.data()
-        send_to(client, stage)
+        send_to(client, "eoh" if stage == "header" else stage)
     for step in giving_up.split():
         STEPS[step](client)
     if "quit" in giving_up:
         client.wait_for_close()
     peer.hang_up()
     peer.server.stop()  # waits for the session
-    expected: list[tuple[str, str, str, int | None]] = [("ann@client.example", "reject", stage, 550)]
+    answered_at = "eoh" if stage == "header" else stage
+    expected: list[tuple[str, str, str, int | None]] = [("ann@client.example", "reject", answered_at, 550)]
     expected += [("next@client.example", "abort", "abort", None)] if "mail" in giving_up else []
     assert [(r["sender"], r["verdict"], r["stage"], r["code"]) for r in records()] == expected
 

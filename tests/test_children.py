@@ -294,7 +294,11 @@ if child == 0:
     except BlockingIOError:
         stream.write("from the child\\n")
         stream.flush()
-        os._exit(0 if os.read(reader, 1000) == b"from the child\\n" else 1)
+        os.set_blocking(reader, True)
+        seen = b""
+        while b"from the child\\n" not in seen:  # what the parent's thread writes meanwhile may be before it
+            seen += os.read(reader, 65536)
+        os._exit(0)
 code = code_of(child)
 os.set_blocking(reader, True)
 while not written.is_set():

@@ -13,7 +13,7 @@ from milter import Address, Context, Milter, Params
 from tests import spellings
 from tests.spellings import DELIVERED, LOOKALIKES, MAILBOX, NEIGHBOURS, NULL, QUOTED_AS_A_WHOLE, REWRITTEN
 
-from .postfix import Postfix
+from .postfix import Postfix, open_directory
 from .sendmail import Sendmail
 from .server import MailServer
 from .smtp import SmtpClient
@@ -73,7 +73,8 @@ class Recorder:
 def recorder_of_module() -> Iterator[Recorder]:
     """One for all, so that the servers need no other configuration for each test; use `recorder`."""
     recorder = Recorder()
-    with recorder.app.start("inet:0@127.0.0.1") as serving:
+    # At a Unix socket, as all else in this process: a shared libmilter serves one kind of socket in a process.
+    with open_directory() as directory, recorder.app.start(f"unix:{directory}/s", mode=0o666) as serving:
         recorder.socket = serving.socket
         yield recorder
 
