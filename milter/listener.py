@@ -187,9 +187,9 @@ class Listener:
             return False
         try:
             candidate.getpeername()
-        except OSError:  # a listener, or nobody is at the other end any more
+            address = candidate.getsockname()
+        except OSError:  # a listener, or closed by libmilter at this moment, or nobody is at the other end any more
             return False
-        address = candidate.getsockname()
         # Whoever listens at all addresses has connections at one of them.
         return bool(address == self._address if self._family == socket.AF_UNIX else address[1] == self._address[1])
 
