@@ -2,7 +2,7 @@
 """Handlers that fork: their children have nothing of the filter, and each message has its own verdict.
 
 Real processes on the real libmilter; what the filter's handlers do is told in filters/forking.py.
-``MILTER_FORKING_MESSAGES`` sets the number of messages of the long test.
+``MILTER_FORKING_MESSAGES`` sets the number of messages of the long test; many need ``--timeout 0``.
 """
 
 import contextlib
@@ -198,7 +198,7 @@ def test_a_child_that_lives_on_holds_no_connection_no_listener_and_no_bell(where
         client, other = greeted(process), greeted(process)
         pipe = tmp_path / "pipe"
         os.mkfifo(pipe)
-        child = int(said(client, f"live:{str(pipe).replace('/', '#')}.x").split()[1])
+        child = int(said(client, f"live:{os.fsencode(pipe).hex()}.x").split()[1])
         stack.callback(os.kill, child, signal.SIGKILL)
         stack.callback(os.close, os.open(pipe, os.O_WRONLY))  # once the child has given up the filter's output
         for caller in (client, other):

@@ -47,7 +47,7 @@ def sleeps() -> None:
     time.sleep(1000)
 
 
-def lives_on(path: str) -> int:
+def lives_on(path: bytes) -> int:
     """A child without the filter's output, that lives until somebody writes to the pipe of this name."""
     child = os.fork()
     if child != 0:
@@ -185,7 +185,7 @@ def act(address: Address) -> tuple[Any, str]:
     """What came of it, and the token."""
     name, _, token = address.local.partition(".")
     if name.startswith("live:"):
-        return lives_on(name.removeprefix("live:").replace("#", "/")), token
+        return lives_on(bytes.fromhex(name.removeprefix("live:"))), token
     return ACTS[name](), token
 
 
