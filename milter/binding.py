@@ -495,7 +495,6 @@ def _shim_plan(plan: Plan, number: int) -> tuple[Any, list[Any]]:
     struct.negotiates = plan.negotiates
     struct.gathers = plan.gathers
     struct.leading_space = plan.shows_leading_space
-    struct.straight = plan.waits or not gil_is_on()
     struct.spool_size = plan.spool_size
     struct.spool_directory = directory = ffi.new("char[]", os.fsencode(plan.spool_directory))
     texts = [directory]

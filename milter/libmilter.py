@@ -5,7 +5,7 @@ What a server asks of it: serve a listening socket, stop serving it. The trick w
 explained in :mod:`milter.standins`. Who tests a filter in this process asks for a connection, whether or not a server
 listens.
 
-Where its system calls are redirected (see shim/io.c), its log lines go to the logger ``milter.libmilter``;
+Where its calls are redirected (see shim/redirect.c), its log lines go to the logger ``milter.libmilter``;
 else they go to the system's log, facility mail.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from milter import children
 from milter._shim import ffi, lib
 from milter.errors import MilterError
+from milter.gil import gil_is_on
 from milter.log_pipe import LogPipe
 from milter.signals import wait_for_signal_thread
 from milter.standins import Placeholder, Silence, StageDoor, connect_to
@@ -173,7 +174,8 @@ class Libmilter:
 
     def _start(self, listener: socket.socket, name: str, timeout: int, debug: int, max_data_size: int) -> None:
         lib.milter_register(name.encode("utf-8", "surrogateescape"))
-        lib.smfi_settimeout(timeout)
+        lib.milter_set_timeout(timeout)
+        lib.milter_lead_by(1 if gil_is_on() else os.cpu_count() or 1)
         lib.smfi_setdbg(debug)
         lib.milter_set_max_data_size(max_data_size)
         with Placeholder(listener.family, _directory_of(listener)) as placeholder:

@@ -11,7 +11,7 @@
  */
 #define _GNU_SOURCE
 
-#include "io.h"
+#include "packets.h"
 
 #include <arpa/inet.h>
 #include <netinet/in.h>

@@ -57,12 +57,12 @@
  */
 #define _GNU_SOURCE
 
-#include "io.h"
 #include "milter_shim.h"
 
 #include "child.h"
 #include "content.h"
-#include "turns.h"
+#include "packets.h"
+#include "scheduler.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -555,10 +555,9 @@ static int enter_python(struct milter_session *session, enum milter_stage stage,
         event.changes = changes;
         event.changes_capacity = sizeof changes;
         session->seen = session->in_message;
-        if (session->run->plan.straight)
-            milter_meet_python();
-        answer = session->run->plan.straight ? milter_back_from_python(milter_python_enter(&event))
-                                             : milter_take_turn(&event);
+        milter_before_python();
+        answer = milter_back_from_python(milter_python_enter(&event));
+        milter_after_python();
         end_call(session);
         sent = send_changes(session, &event, answer);
     }
@@ -766,10 +765,11 @@ static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsign
         const uint64_t token = begin_call(session, MILTER_STAGES);
         int answer = 0;
         if (token != 0) {
-            milter_meet_python();
+            milter_before_python();
             answer = milter_python_negotiate(session, token, session->number, plan->app, offered_actions,
                                              offered_steps, actions, steps);
             milter_back_from_python(answer);
+            milter_after_python();
             end_call(session);
         }
         if ((answer & MILTER_ANSWERED) == 0)
@@ -1120,6 +1120,7 @@ int milter_serve(int wake_fd)
 size_t milter_set_max_data_size(size_t size)
 {
     atomic_store(&max_data_size, size);
+    milter_io_limit(size);
     return smfi_setmaxdatasize(size);
 }
 

@@ -9,8 +9,9 @@
  */
 #define _GNU_SOURCE
 
-#include "io.h"
 #include "milter_shim.h"
+#include "packets.h"
+#include "redirect.h"
 
 #include <fcntl.h>
 #include <poll.h>
