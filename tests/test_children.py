@@ -268,7 +268,7 @@ def free_port() -> int:
 
 
 BUSY_OUTPUT = """
-import os, sys, threading
+import contextlib, os, sys, threading
 import milter.children
 from tests.filters.forking import code_of
 
@@ -300,9 +300,10 @@ if child == 0:
             seen += os.read(reader, 65536)
         os._exit(0)
 code = code_of(child)
-os.set_blocking(reader, True)
-while not written.is_set():
-    os.read(reader, 65536)
+os.set_blocking(reader, False)
+while not written.wait(0.01):  # not by reading alone: the child may have read the last of it
+    with contextlib.suppress(BlockingIOError):
+        os.read(reader, 65536)
 os._exit(code)
 """
 
