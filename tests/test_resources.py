@@ -34,12 +34,15 @@ needs_redirection = pytest.mark.skipif(
 
 FILTER = """
 import os
+import time
 from milter import EomContext, Message, Milter, Status
 
 app = Milter("scarce", spool_size=1000, spool_directory=os.environ.get("SPOOL"))
 
 @app.on_message
 def token(ctx: EomContext, message: Message) -> Status:
+    if ctx.sender.startswith("waits"):
+        time.sleep(0.02)
     message.headers["X-Token"] = f"{ctx.sender} {len(message.body)}"
     return Status.CONTINUE
 
@@ -135,10 +138,10 @@ def alone(where: str, name: str, body: bytes = b"x\r\n") -> Verdict:
 class Load:
     """Many clients at once, each with one message."""
 
-    def __init__(self, where: str, body: bytes = b"x\r\n") -> None:
+    def __init__(self, where: str, body: bytes = b"x\r\n", name: str = "u") -> None:
         self.verdicts: list[Verdict] = []
         self.failures: list[BaseException] = []
-        self._threads = [threading.Thread(target=self._send, args=(where, f"u{i}", body)) for i in range(CLIENTS)]
+        self._threads = [threading.Thread(target=self._send, args=(where, f"{name}{i}", body)) for i in range(CLIENTS)]
         for thread in self._threads:
             thread.start()
 
@@ -183,10 +186,10 @@ def test_without_threads_the_sessions_are_served_by_those_that_there_are(scarce:
     where = process.socket
     assert alone(where, "first") is Verdict.CONTINUE
     process.take_threads()
-    assert set(Load(where).end()) == {Verdict.CONTINUE}
+    assert set(Load(where, name="waits").end()) == {Verdict.CONTINUE}
     process.stderr.wait_for("no thread can be started (Resource temporarily unavailable)")
     process.give_back()
-    assert set(Load(where).end()) == {Verdict.CONTINUE}
+    assert set(Load(where, name="waits").end()) == {Verdict.CONTINUE}
     process.stderr.wait_for("threads can be started again")
     assert process.stderr._count("no thread can be started") == 1
 
