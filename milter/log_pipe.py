@@ -2,7 +2,7 @@
 """From libmilter's log lines to Python's logging, through a pipe.
 
 libmilter writes a line wherever it is, on threads that must not wait for Python. So the line goes into a
-pipe (shim/io.c), and a thread here logs it. If the pipe is full, the line goes to the system's log instead.
+pipe (shim/redirect.c), and a thread here logs it. If the pipe is full, the line goes to the system's log instead.
 """
 
 import logging
