@@ -423,6 +423,7 @@ class Run:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        engine.watch.start()  # first, since there may be no thread
         self._number = next(number for number in _numbers if number & _MARK)
         _engines[self._number] = engine
         plan, _keep_alive = _shim_plan(engine.plan, self._number)
@@ -432,7 +433,6 @@ class Run:
         self._run = lib.milter_begin(plan)
         if not self._run:  # pragma: no cover (memory does not run out in tests)
             raise MemoryError("no memory for a run of the filter")
-        engine.watch.start()
 
     def wait_sessions(self, milliseconds: int) -> int:
         """Wait until no MTA is connected, or the time is over; how many still are."""

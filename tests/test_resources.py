@@ -7,6 +7,8 @@ verdict: the filter answers with the sender that it saw. Then the limits are rai
 
 import contextlib
 import os
+import platform
+import re
 import resource
 import signal
 import subprocess
@@ -28,6 +30,9 @@ from tests.filter_process import PATIENCE, FilterProcess
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="prlimit(2) and /proc are Linux's")
 
+needs_large_stacks = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="the size of a thread's stack is RLIMIT_STACK in the GNU C library"
+)
 needs_redirection = pytest.mark.skipif(
     not libmilter.redirected, reason="libmilter's own accept and pthread_create are used"
 )
@@ -51,13 +56,31 @@ CLIENTS = 40
 LARGE = b"x" * 5000 + b"\r\n"
 
 
+LIMITED = """
+import os, resource, sys
+for limit in sys.argv.pop(1).split():
+    name, number = limit.split("=")
+    number = int(number)
+    resource.setrlimit(getattr(resource, name), (number, number if name == "RLIMIT_NOFILE" else resource.RLIM_INFINITY))
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""Starts Python again, with limits. Without site: the second one is to have what is passed to tests/site."""
+STACK = 1 << 30
+"""Of each thread, by RLIMIT_STACK: so a limit of the address space is one of threads."""
+REST = 700 << 20
+"""More than a filter needs besides."""
+
+
 class Scarce(FilterProcess):
     """A filter with a supervisor, and one worker whose limits can be changed."""
 
-    def __init__(self, place: Path, *options: str, where: str | None = None, **more: Any) -> None:
-        (place / "scarce.py").write_text(FILTER)
+    def __init__(
+        self, place: Path, *options: str, where: str | None = None, limits: str = "", text: str = FILTER, **more: Any
+    ) -> None:
+        (place / "scarce.py").write_text(text)
         specification = where or f"unix:{place}/s"
         super().__init__(
+            *(("-S", "-c", LIMITED, limits) if limits else ()),
             "-m",
             "milter",
             "run",
@@ -87,6 +110,11 @@ class Scarce(FilterProcess):
         pages = int(Path(f"/proc/{self.worker}/statm").read_text().split()[0])
         size = pages * resource.getpagesize() + 4 * 1024 * 1024
         resource.prlimit(self.worker, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+
+    def take_large_threads(self, process: int) -> None:
+        """It, and its children, cannot start another thread: for a filter with stacks of the size `STACK`."""
+        pages = int(Path(f"/proc/{process}/statm").read_text().split()[0])
+        resource.prlimit(process, resource.RLIMIT_AS, (pages * resource.getpagesize() + REST, resource.RLIM_INFINITY))
 
     def give_back(self) -> None:
         hard = resource.prlimit(self.worker, resource.RLIMIT_NOFILE)[1]
@@ -295,7 +323,62 @@ def test_standard_streams_that_are_closed_lead_nowhere(tmp_path: Path) -> None:
         process.wait()
 
 
+@needs_large_stacks
+def test_a_reload_without_threads_leaves_the_old_workers(scarce: Any) -> None:
+    process = scarce(limits=f"RLIMIT_STACK={STACK}")
+    where = process.socket
+    client = greeted(where)
+    process.take_large_threads(process.pid)
+    process.signal(signal.SIGHUP)
+    process.log.wait_for("The old one goes on")
+    process.stderr.wait_for("no thread can be started (milter: control)")
+    assert token(client, "still") is Verdict.CONTINUE
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    process.signal(signal.SIGHUP)
+    process.log.wait_for("was loaded again")
+    client.quit()
+    client.close()
+    assert alone(where, "new") is Verdict.CONTINUE
+    process.stop()
+    assert "Traceback" not in process.stderr.text
+
+
+def test_a_stop_needs_no_thread(scarce: Any) -> None:
+    none = """
+    import threading
+    def none(self):
+        raise RuntimeError("can't start new thread")
+    threading.Thread.start = none
+"""  # a limit would leave the stacks of those that have just ended
+    process = scarce(text=FILTER.replace("def ", "async def ") + none)
+    assert alone(process.socket, "first") is Verdict.CONTINUE
+    process.stop()
+    assert "on_stop was run" in process.stderr.lines
+    assert "Traceback" not in process.stderr.text
+
+
 # ---- At the start
+
+
+@needs_large_stacks
+@pytest.mark.parametrize("threads", range(9))
+def test_without_threads_a_start_says_what_to_do(scarce: Any, threads: int) -> None:
+    """Whichever it is that is missing: the library's own, or one of libmilter's."""
+    process = scarce(
+        limits=f"RLIMIT_STACK={STACK} RLIMIT_AS={threads * STACK + REST}", text=FILTER.replace("def ", "async def ")
+    )
+    assert process.wait() == 1
+    assert re.search(r"CRITICAL .* no thread can be started \(.*TasksMax=, ulimit -u", process.stderr.text)
+    assert re.search(r"ERROR .* worker \d+ ended with code 1 before it could serve", process.stderr.text)
+    assert "Traceback" not in process.stderr.text
+
+
+@pytest.mark.parametrize("descriptors", [5, 6, 8, 10, 13, 16, 20])
+def test_without_descriptors_a_start_says_what_to_do(scarce: Any, descriptors: int) -> None:
+    process = scarce(limits=f"RLIMIT_NOFILE={descriptors}")
+    assert process.wait() == 1
+    assert "Too many open files" in process.stderr.text
+    assert "Traceback" not in process.stderr.text
 
 
 def test_no_directory_at_all_is_needed_without_on_message(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
