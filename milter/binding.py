@@ -42,6 +42,7 @@ from milter.gil import gil_is_on
 from milter.plan import Plan
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, known_actions, known_options
 from milter.safe_log import SafeLog
+from milter.scarcity import MemoryOutage
 from milter.verdict import Reply
 
 log = SafeLog("milter")
@@ -283,6 +284,7 @@ def _read_file(file: int, offset: int, size: int) -> bytes:
 # ---- The two ways in -------------------------------------------------------------------------
 
 _engines: dict[int, Engine] = {}
+_memory_outage = MemoryOutage()
 _numbers = itertools.count(1)
 _STAGES = tuple(sorted(Stage, key=lambda stage: stage.value))
 _EOM = Stage.EOM
@@ -290,7 +292,10 @@ _EOM = Stage.EOM
 
 def _crashed(kind: type[BaseException], failure: BaseException, traceback: Any) -> None:
     """The engine itself failed; the shim answers a temporary failure."""
-    log.critical("the engine failed; the MTA is told to try again later", exc_info=failure)
+    if isinstance(failure, MemoryError):
+        _memory_outage.tell()
+    else:
+        log.critical("the engine failed; the MTA is told to try again later", exc_info=failure)
 
 
 @ffi.def_extern(error=0, onerror=_crashed)

@@ -20,11 +20,12 @@ from typing import Any
 
 import pytest
 
-from milter import EomContext, Message, Milter, MilterError, Status
+from milter import Address, Context, EomContext, Message, Milter, MilterError, Status
 from milter.libmilter import libmilter
 from milter.pidfile import pidfile
+from milter.scarcity import MemoryOutage, start_thread
 from milter.spool import Spool, directory
-from milter.testing import AddHeader, Client, Verdict, WireError
+from milter.testing import AddHeader, Answer, Client, PeerClosed, Verdict, WireError
 from tests.conftest import Serve
 from tests.filter_process import PATIENCE, FilterProcess
 
@@ -53,6 +54,7 @@ def stopped():
     os.write(2, b"on_stop was run\\n")
 """
 CLIENTS = 40
+PIECE = 65000
 LARGE = b"x" * 5000 + b"\r\n"
 
 
@@ -116,6 +118,12 @@ class Scarce(FilterProcess):
         pages = int(Path(f"/proc/{process}/statm").read_text().split()[0])
         resource.prlimit(process, resource.RLIMIT_AS, (pages * resource.getpagesize() + REST, resource.RLIM_INFINITY))
 
+    def take_memory(self, rest: int) -> None:
+        """The worker gets no more than so many bytes."""
+        pages = int(Path(f"/proc/{self.worker}/statm").read_text().split()[0])
+        size = pages * resource.getpagesize() + rest
+        resource.prlimit(self.worker, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+
     def give_back(self) -> None:
         hard = resource.prlimit(self.worker, resource.RLIMIT_NOFILE)[1]
         resource.prlimit(self.worker, resource.RLIMIT_NOFILE, (hard, hard))
@@ -135,7 +143,8 @@ def token(client: Client, name: str, body: bytes = b"x\r\n") -> Verdict:
     client.data()
     client.header("Subject", "test")
     client.eoh()
-    client.body(body)
+    for start in range(0, len(body), PIECE):
+        client.body(body[start : start + PIECE])
     end = client.end_of_message()
     if end.answer.verdict is Verdict.CONTINUE:
         values = [event.value for event in end.events if isinstance(event, AddHeader)]
@@ -232,6 +241,82 @@ def test_without_a_disk_large_messages_are_deferred_and_small_ones_are_not(scarc
     assert set(Load(where, LARGE).end()) == {Verdict.CONTINUE}
     process.log.wait_for(f"messages can be kept in {spool} again")
     assert process.log._count(f"a message cannot be kept in {spool}, Milter(spool_directory=…): No such file") == 1
+
+
+def test_without_memory_mail_is_deferred_and_no_message_passes_unseen(scarce: Any) -> None:
+    process = scarce(text=FILTER.replace("spool_size=1000", "spool_size=1 << 30"))
+    where = process.socket
+    assert alone(where, "first", LARGE) is Verdict.CONTINUE
+    worker = process.worker
+    large = b"x" * 100_000_000  # more than malloc has put by for a thread
+    verdicts = []
+    for spare in (64, 16, 4, 1, 0):
+        process.take_memory(spare << 20)
+        for body in (large, LARGE, b"x\r\n"):
+            with contextlib.suppress(PeerClosed):  # libmilter has no memory for a connection: the MTA defers its mail
+                verdicts.append(alone(where, "scarce", body))
+    assert Verdict.TEMPFAIL in verdicts
+    assert set(verdicts) <= {Verdict.CONTINUE, Verdict.TEMPFAIL}
+    process.give_back()
+    assert alone(where, "large", large) is Verdict.CONTINUE
+    assert set(Load(where, LARGE).end()) == {Verdict.CONTINUE}
+    assert process.worker == worker
+    assert "the engine failed" not in process.stderr.text
+    process.stop()
+
+
+def test_without_memory_a_message_is_kept_in_a_file(scarce: Any) -> None:
+    head = len("Subject:test\r\n\r\n")
+    text = FILTER.replace("spool_size=1000", "spool_size=1 << 30")
+    process = scarce(text=text.replace("len(message.body)", f"message.size - {head}"))
+    where = process.socket
+    assert alone(where, "first", LARGE) is Verdict.CONTINUE
+    process.take_memory(16 << 20)
+    assert alone(where, "large", b"x" * 100_000_000) is Verdict.CONTINUE
+
+
+def test_an_outage_of_memory_is_told_once(serve: Serve, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = Milter("test")
+
+    @app.on_rcpt
+    def see(ctx: Context, recipient: Address, params: object) -> Status:
+        return Status.CONTINUE
+
+    monkeypatch.setattr("milter.binding._memory_outage", MemoryOutage())
+    client = serve(app).greeted()
+    client.mail("<ann@client.example>")
+    client.rcpt("<bob@mta.example>")
+    with monkeypatch.context() as patch:
+        patch.setattr("milter.engine.Address.from_arguments", lambda arguments: fail())
+        for _ in range(3):
+            assert verdict(client.rcpt("<bob@mta.example>")) is Verdict.TEMPFAIL
+    client.mail("<eve@client.example>")
+    assert verdict(client.rcpt("<bob@mta.example>")) is Verdict.CONTINUE
+    (record,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert "the memory has run out" in record.message
+    assert record.exc_info is None
+
+
+def fail() -> None:
+    raise MemoryError
+
+
+def verdict(answer: Answer | None) -> Verdict:
+    assert answer is not None
+    return answer.verdict
+
+
+def test_a_thread_of_the_library_goes_on_when_there_is_memory_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("milter.scarcity._PAUSE", 0)
+    attempts: list[str] = []
+
+    def work(name: str) -> None:
+        attempts.append(name)
+        if len(attempts) < 3:
+            raise MemoryError
+
+    start_thread(work, "test", "x").join(PATIENCE)
+    assert attempts == ["x"] * 3
 
 
 # ---- Stop and reload without anything
