@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from milter import Address, Context, EomContext, Message, Milter, MilterError, Status
+from milter.descriptors import raise_limit
 from milter.libmilter import libmilter
 from milter.pidfile import pidfile
 from milter.scarcity import MemoryOutage, start_thread
@@ -61,12 +62,11 @@ LARGE = b"x" * 5000 + b"\r\n"
 LIMITED = """
 import os, resource, sys
 for limit in sys.argv.pop(1).split():
-    name, number = limit.split("=")
-    number = int(number)
-    resource.setrlimit(getattr(resource, name), (number, number if name == "RLIMIT_NOFILE" else resource.RLIM_INFINITY))
+    name, soft, hard = limit.replace("=", ":").split(":")
+    resource.setrlimit(getattr(resource, name), (int(soft), int(hard)))
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
-"""Starts Python again, with limits. Without site: the second one is to have what is passed to tests/site."""
+"""Starts Python again, with soft and hard limits; without site, since what tests/site is passed is for the second."""
 STACK = 1 << 30
 """Of each thread, by RLIMIT_STACK: so a limit of the address space is one of threads."""
 REST = 700 << 20
@@ -410,7 +410,7 @@ def test_standard_streams_that_are_closed_lead_nowhere(tmp_path: Path) -> None:
 
 @needs_large_stacks
 def test_a_reload_without_threads_leaves_the_old_workers(scarce: Any) -> None:
-    process = scarce(limits=f"RLIMIT_STACK={STACK}")
+    process = scarce(limits=f"RLIMIT_STACK={STACK}:-1")
     where = process.socket
     client = greeted(where)
     process.take_large_threads(process.pid)
@@ -450,7 +450,8 @@ def test_a_stop_needs_no_thread(scarce: Any) -> None:
 def test_without_threads_a_start_says_what_to_do(scarce: Any, threads: int) -> None:
     """Whichever it is that is missing: the library's own, or one of libmilter's."""
     process = scarce(
-        limits=f"RLIMIT_STACK={STACK} RLIMIT_AS={threads * STACK + REST}", text=FILTER.replace("def ", "async def ")
+        limits=f"RLIMIT_STACK={STACK}:-1 RLIMIT_AS={threads * STACK + REST}:-1",
+        text=FILTER.replace("def ", "async def "),
     )
     assert process.wait() == 1
     assert re.search(r"CRITICAL .* no thread can be started \(.*TasksMax=, ulimit -u", process.stderr.text)
@@ -460,7 +461,7 @@ def test_without_threads_a_start_says_what_to_do(scarce: Any, threads: int) -> N
 
 @pytest.mark.parametrize("descriptors", [5, 6, 8, 10, 13, 16, 20])
 def test_without_descriptors_a_start_says_what_to_do(scarce: Any, descriptors: int) -> None:
-    process = scarce(limits=f"RLIMIT_NOFILE={descriptors}")
+    process = scarce(limits=f"RLIMIT_NOFILE={descriptors}:{descriptors}")
     assert process.wait() == 1
     assert "Too many open files" in process.stderr.text
     assert "Traceback" not in process.stderr.text
@@ -515,6 +516,42 @@ def test_an_outage_of_the_spool_is_told_once(caplog: pytest.LogCaptureFixture) -
     told = [(record.levelname, record.message) for record in caplog.records]
     assert [level for level, _ in told] == ["ERROR", "INFO"] * 2
     assert "make room there" in told[0][1]
+
+
+def test_the_soft_limit_of_descriptors_is_raised(scarce: Any) -> None:
+    soft, hard = 64, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    process = scarce(limits=f"RLIMIT_NOFILE={soft}:{hard}")
+    where = process.socket
+    assert resource.prlimit(process.worker, resource.RLIMIT_NOFILE) == (hard, hard)
+    clients = [greeted(where) for _ in range(soft + 20)]
+    assert token(clients[-1], "last") is Verdict.CONTINUE
+    for client in clients:
+        client.close()
+    assert "cannot be accepted" not in process.stderr.text
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised"),
+    [(1024, 4096, 4096), (1024, 1 << 20, 65536), (1024, -1, 65536), (70_000, 1 << 20, 0), (64, 64, 0), (-1, -1, 0)],
+)
+def test_the_limit_of_descriptors_is_raised_so_far(
+    soft: int, hard: int, raised: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: asked.append(limits))
+    raise_limit()
+    assert asked == ([(raised, hard)] if raised else [])
+
+
+def test_a_filter_that_runs_in_a_program_raises_the_soft_limit(tmp_path: Path) -> None:
+    soft, hard = 64, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    (tmp_path / "program.py").write_text(FILTER + f"\napp.run('unix:{tmp_path}/s')\n")
+    with FilterProcess(
+        "-S", "-c", LIMITED, f"RLIMIT_NOFILE={soft}:{hard}", tmp_path / "program.py", directory=tmp_path
+    ) as process:
+        assert process.socket
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
 
 
 # ---- The pidfile
