@@ -21,6 +21,7 @@ from milter._shim import ffi, lib
 from milter.errors import MilterError
 from milter.gil import gil_is_on
 from milter.log_pipe import LogPipe
+from milter.scarcity import require_threads
 from milter.signals import wait_for_signal_thread
 from milter.standins import Placeholder, Silence, StageDoor, connect_to
 
@@ -28,6 +29,8 @@ from milter.standins import Placeholder, Silence, StageDoor, connect_to
 _NAME = "milter"
 _TIMEOUT = 7210
 _PACKET = 65535
+_OWN_THREADS = 5
+"""It waits for signals in one, and for connections in another; its pool has one, and two that work."""
 _OWN_DESCRIPTORS = 8
 """More than its pipe, and those of the first connections."""
 
@@ -192,6 +195,7 @@ class Libmilter:
         self.ended, self._end = os.pipe()
         children.hide(self.ended)
         _require_descriptors()
+        require_threads(_OWN_THREADS)
         error = lib.milter_serve(self._end)
         if error != 0:  # pragma: no cover (threads do not run out in tests)
             raise MilterError(f"no thread for libmilter: {os.strerror(error)}")

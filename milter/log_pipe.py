@@ -12,7 +12,9 @@ import threading
 from collections import deque
 
 from milter import children
+from milter.errors import MilterError
 from milter.safe_log import SafeLog
+from milter.scarcity import start_thread
 
 log = SafeLog("milter.libmilter")
 
@@ -38,10 +40,16 @@ class LogPipe:
 
     def __init__(self) -> None:
         self._reader, self.writer = os.pipe()
-        children.hide(self._reader)
+        hidden = children.hide(self._reader)
         os.set_blocking(self.writer, False)
         self._drained: deque[threading.Event] = deque()
-        threading.Thread(target=self._read, name="milter: libmilter's log", daemon=True).start()
+        try:
+            start_thread(self._read, "milter: libmilter's log")
+        except MilterError:
+            children.show(hidden)
+            os.close(self._reader)
+            os.close(self.writer)
+            raise
 
     def drain(self) -> None:
         """Wait until all lines that are in the pipe now are logged."""

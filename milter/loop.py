@@ -37,7 +37,9 @@ from milter import children
 from milter.blocking import BlockingCalls
 from milter.context import Scope
 from milter.coroutines import MtaGone, NoEventLoop, discard, is_coroutine_function
+from milter.errors import MilterError
 from milter.safe_log import SafeLog
+from milter.scarcity import start_thread
 from milter.stalls import StallWatch
 
 __all__ = ["EventLoop"]
@@ -108,16 +110,24 @@ class EventLoop(NoEventLoop):
         self._timeout = math.inf if timeout is None else timeout
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self._loop = self._runner.get_loop()
-        self._loop.set_default_executor(BlockingCalls())
+        self._blocking = BlockingCalls()
+        self._loop.set_default_executor(self._blocking)
         self._ending = False
         # Under the lock:
         self._lock = threading.Lock()
         self._jobs: set[_Job] = set()
         self._closed = False
         self._drained = False
-        self._thread = threading.Thread(target=self._serve, name="milter event loop", daemon=True)
-        self._thread.start()
-        self._stalls = StallWatch(self._loop, self._thread)
+        try:
+            self._thread = start_thread(self._serve, "milter event loop")
+        except MilterError:
+            self._loop.close()
+            raise
+        try:
+            self._stalls = StallWatch(self._loop, self._thread)
+        except MilterError:
+            self._end_thread()
+            raise
 
     # ---- By the thread that starts and stops the server
 
@@ -153,6 +163,9 @@ class EventLoop(NoEventLoop):
     def stop(self) -> None:
         """Cancel what still runs, the filter's own background tasks, and end the loop."""
         self._stalls.stop()
+        self._end_thread()
+
+    def _end_thread(self) -> None:
         self._ending = True
         self._post(self._loop.stop)
         self._thread.join(_LAST_WAIT)
@@ -290,7 +303,10 @@ class EventLoop(NoEventLoop):
         for job in self._drain():
             self._settle(job, _cancelled("the event loop has ended"))
         self._loop.set_task_factory(None)  # the end needs tasks, too, and the filter's own factory may fail
-        self._runner.close()
+        try:
+            self._runner.close()
+        except RuntimeError:  # asyncio waits for the calls in threads in one more thread: there may be none
+            self._blocking.shutdown()
 
     # ---- In a forked child
 
