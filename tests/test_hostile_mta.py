@@ -55,7 +55,7 @@ CONVERSATION = [
 
 def everything() -> Milter[Any, Any]:
     """A filter with handlers everywhere, which look at all there is."""
-    app = Milter("everything", leading_space=True, rejected_recipients=True)
+    app = Milter("everything", leading_space=True, rejected_recipients=True, header_replies="each")
 
     def look(ctx: Context, *arguments: Any) -> Status:
         _ = (ctx.id, ctx.hostname, ctx.address, ctx.helo, ctx.sender, ctx.recipients, dict(ctx.macros), ctx.session)
