@@ -836,8 +836,11 @@ static void note_accept(int fd)
 WRAP int __wrap_accept(int fd, struct sockaddr *address, socklen_t *size)
 {
     static _Thread_local struct pollfd newcomer;
+    const socklen_t room = size != NULL ? *size : 0;
     const int accepted = __real_accept(fd, address, size);
 
+    if (size != NULL && *size > room)
+        *size = room; /* of another family; libmilter takes this for the size of its memory at the next call */
     if (accepted < 0) {
         errno = note_failed_accept(errno);
     } else {
@@ -950,6 +953,8 @@ WRAP ssize_t __wrap_read(int fd, void *buffer, size_t size)
     struct connection *connection = connection_of(fd);
 
     last_read.fd = fd; /* of any connection, or the one before would be taken for this one */
+    last_read.command = 0;
+    last_read.end = NULL;
     if (connection == NULL)
         return __real_read(fd, buffer, size);
     const ssize_t result = read_some(connection, fd, buffer, size);

@@ -66,6 +66,11 @@ void milter_io_expect(int family);
 /* For io.c, see connect_guard.c: the data of a CONNECT, which belongs to libmilter. */
 void milter_mend_client(char *data, size_t size);
 
+/* For on_connect and for Python, see connect_guard.c. */
+struct sockaddr_in6;
+bool milter_hidden_client(const char *hostname, struct sockaddr_in6 *client);
+bool milter_lacks_ipv6(void);
+
 /* Has the linker redirected libmilter's calls to io.c, all that the build names? */
 bool milter_io_wrapped(void);
 
