@@ -29,7 +29,7 @@ SOURCES = (
     *("milter_shim.c", "content.c", "changes.c", "macro_guard.c", "connect_guard.c", "peer.c"),
     *("packets.c", "scheduler.c", "redirect.c", "child.c"),
 )
-INTERFACES = ("milter_shim", "child", "redirect", "scheduler")
+INTERFACES = ("milter_shim", "child", "packets", "redirect", "scheduler")
 
 MISSING_PKG_CONFIG = """\
 milter: pkg-config is missing, so libmilter cannot be found.

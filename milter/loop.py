@@ -47,6 +47,7 @@ __all__ = ["EventLoop"]
 log = SafeLog("milter")
 
 _GRACE = 1.0  # seconds that a coroutine gets to end once it was cancelled
+_WAY_BACK = 1.0  # seconds that the threads of libmilter get to go on, once they were answered without the coroutine
 _LAST_WAIT = 5.0  # seconds that background tasks of the filter get to end
 _LOOK = 1.0  # seconds between two looks whether the MTA still waits
 
@@ -150,15 +151,14 @@ class EventLoop(NoEventLoop):
         `wait` waits for the end of all calls of handlers, at most so many milliseconds, and tells how many are left.
         Those of a coroutine that does not end by being cancelled are answered without it.
         """
-        milliseconds = int(_GRACE * 1000)
         jobs = self._drain()
         for job in jobs:
             self._post(self._cancel, job, "the filter stops")
-        if not jobs or wait(milliseconds) == 0:
+        if not jobs or wait(int(_GRACE * 1000)) == 0:
             return wait(0) == 0
         for job in jobs:
             self._settle(job, _cancelled("the filter stops, and the handler does not end by being cancelled"))
-        return wait(milliseconds) == 0
+        return wait(int(_WAY_BACK * 1000)) == 0
 
     def stop(self) -> None:
         """Cancel what still runs, the filter's own background tasks, and end the loop."""

@@ -119,6 +119,7 @@ bool milter_io_wrapped(void);
 const char *milter_io_symbols(void);
 int milter_io_log_to(int fd);
 void milter_io_expect(int family);
+bool milter_lacks_ipv6(void);
 
 /* Python, as the shim sees it. */
 extern "Python+C" int milter_python_negotiate(struct milter_session *session, uint64_t token, uint64_t number,

@@ -804,6 +804,7 @@ static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsign
 static sfsistat on_connect(SMFICTX *ctx, char *hostname, _SOCK_ADDR *address)
 {
     struct milter_session *session = smfi_getpriv(ctx);
+    struct sockaddr_in6 hidden;
 
     if (session == NULL && (session = resume(ctx)) != NULL)
         session->failure = SOUND;
@@ -811,6 +812,8 @@ static sfsistat on_connect(SMFICTX *ctx, char *hostname, _SOCK_ADDR *address)
         return HANG_UP;
     abort_message(session);
     session->client_unread = true;
+    if (address == NULL && milter_hidden_client(hostname, &hidden))
+        address = (_SOCK_ADDR *)&hidden;
     log_client(session, hostname, address);
     return conclude(session, MILTER_CONNECT, NULL, 0);
 }

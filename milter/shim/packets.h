@@ -54,6 +54,11 @@ void milter_io_limit(size_t size);
 /* See connect_guard.c: the data of a CONNECT, which belongs to libmilter. */
 void milter_mend_client(char *data, size_t size);
 
+/* For on_connect and for Python, see connect_guard.c. */
+struct sockaddr_in6;
+bool milter_hidden_client(const char *hostname, struct sockaddr_in6 *client);
+bool milter_lacks_ipv6(void);
+
 #if MILTER_IO_WRAPPED
 
 #include <stdatomic.h>

@@ -158,8 +158,11 @@ static void note_accept(int fd)
 
 WRAP int __wrap_accept(int fd, struct sockaddr *address, socklen_t *size)
 {
+    const socklen_t room = size != NULL ? *size : 0;
     const int accepted = __real_accept(fd, address, size);
 
+    if (size != NULL && *size > room)
+        *size = room; /* of another family; libmilter takes this for the size of its memory at the next call */
     if (accepted < 0) {
         errno = note_failed_accept(errno);
         return accepted;
