@@ -6,6 +6,7 @@ verdict: the filter answers with the sender that it saw. Then the limits are rai
 """
 
 import contextlib
+import itertools
 import os
 import platform
 import re
@@ -104,11 +105,13 @@ class Scarce(FilterProcess):
         return int(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()[0])
 
     def take_descriptors(self, *processes: int) -> None:
-        """No process of these can open one more."""
+        """The supervisor can open none. A worker may where there are gaps among the numbers: the system refuses a poll
+        of more files than the limit, and libmilter's own may be of many."""
         for process in processes or (self.worker,):
-            highest = max(int(name) for name in os.listdir(f"/proc/{process}/fd"))
+            taken = {int(name) for name in os.listdir(f"/proc/{process}/fd")}
+            lowest = next(number for number in itertools.count() if number not in taken)
             hard = resource.prlimit(process, resource.RLIMIT_NOFILE)[1]
-            resource.prlimit(process, resource.RLIMIT_NOFILE, (highest + 1, hard))
+            resource.prlimit(process, resource.RLIMIT_NOFILE, (lowest if process == self.pid else max(taken) + 1, hard))
 
     def take_threads(self) -> None:
         """The worker cannot have the memory for the stack of one more thread, but some for messages."""
