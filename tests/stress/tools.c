@@ -46,6 +46,23 @@ void nap(unsigned microseconds)
     nanosleep(&pause, NULL);
 }
 
+static long microseconds_now(void)
+{
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000 + time.tv_nsec / 1000;
+}
+
+/* Keeps a processor busy. */
+void compute(unsigned microseconds)
+{
+    const long end = microseconds_now() + microseconds;
+
+    while (microseconds_now() < end)
+        continue;
+}
+
 /* Until then, or until enough has gone wrong. */
 void seconds(double s)
 {
