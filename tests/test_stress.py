@@ -17,6 +17,7 @@ from build_milter import SOURCES, Archive, Unsuitable, libmilter_flags, suitable
 
 HERE = Path(__file__).parent
 SHIM = HERE.parent / "milter" / "shim"
+LEFT = HERE / "stress" / "scheduler.supp"
 SECONDS = os.environ.get("MILTER_STRESS", "3")
 
 SANITIZERS = {
@@ -57,7 +58,7 @@ def run(program: Path, flags: list[str], *arguments: str) -> None:
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
     result = subprocess.run(
         [*fixed, str(program), SECONDS, *arguments],
-        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "TSAN_OPTIONS": "exitcode=66"},
+        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "TSAN_OPTIONS": f"exitcode=66 suppressions={LEFT}"},
         capture_output=True,
         text=True,
         check=False,

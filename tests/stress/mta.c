@@ -272,17 +272,40 @@ static bool faked(const struct mta *m, unsigned long silent)
     return silent != 0 && (runs[m->app].plan.steps & silent) != 0;
 }
 
+/*
+ * The answer is left unread for a while, or until others have got on: at the end of a message it may be more
+ * than the filter can write. One client at a time waits for others.
+ */
+static void read_late(struct mta *m)
+{
+    static atomic_flag taken = ATOMIC_FLAG_INIT;
+    const unsigned long before = atomic_load(&connections);
+    int patience = PATIENCE;
+
+    if (!send_out(m))
+        return;
+    tried(LATE_READS);
+    if (chance(2) == 0 || atomic_flag_test_and_set(&taken)) {
+        nap(chance(30000));
+        return;
+    }
+    while (atomic_load(&connections) < before + 2 && goes_on() && patience > 0) {
+        nap(1000);
+        patience--;
+    }
+    if (patience == 0)
+        violation("nobody else is served while a client does not read");
+    atomic_flag_clear(&taken);
+}
+
 /* The changes before the answer; the answer's letter. */
 static char answer_of_stage(struct mta *m, char stage)
 {
     bool in_body = false, body_over = false;
 
     m->changes.size = 0;
-    if (chance(stage == 'E' ? 20 : 200) == 0) {
-        send_out(m);
-        tried(LATE_READS);
-        nap(chance(30000));
-    }
+    if (chance(stage == 'E' ? 20 : 200) == 0)
+        read_late(m);
     for (;;) {
         const char letter = get(m);
         if (stage != 'E' || letter == CLOSED || letter == HANGS || strchr("+2-mhiqebp", letter) == NULL)

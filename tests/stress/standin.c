@@ -892,7 +892,7 @@ int milter_python_enter(struct milter_event *event)
     if (chance(10) == 0 && atomic_load(&current_app) == event->app)
         take_ended(r.run->run);
     const int answer = enter(c, event, &r);
-    if (chance(2000) == 0)
+    if (chance(700) == 0)
         fork_child(event, answer);
     return leave_conversation(c, answer);
 }

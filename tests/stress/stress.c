@@ -39,7 +39,7 @@
  *
  * And before: lines of the log go where they are to go (log.c).
  *
- * At the end, each of the ways that are to be tried has been tried.
+ * After enough messages, each of the ways that are to be tried has been tried.
  */
 #define _GNU_SOURCE
 #include "stress.h"
@@ -61,6 +61,7 @@
 
 enum {
     LATE_THREADS = 3,
+    ENOUGH = 2500, /* messages to try all ways */
     LEAST_RUNS = 7, /* one of each kind, see make_plan() */
     MOST_SESSIONS = 256 + CLIENTS * 8 /* as many ends may wait to be told, and some connections be open */
 };
@@ -356,7 +357,7 @@ int main(int argc, char **argv)
     unlink(path);
     if (rmdir(spool_directory) != 0)
         violation("%s: %s", spool_directory, strerror(errno));
-    report(app, duration >= 3 && atomic_load(&violations) == 0);
+    report(app, atomic_load(&messages) > ENOUGH && atomic_load(&violations) == 0);
     __real_free(threads);
     return atomic_load(&violations) != 0;
 }
