@@ -28,7 +28,8 @@ LIMIT = 30.0
 """Seconds after which something hangs."""
 
 scheduled = pytest.mark.skipif(
-    not lib.milter_io_wrapped(), reason="libmilter promises several sessions to one worker here"
+    not lib.milter_io_wrapped(),
+    reason="libmilter's own workers: several sessions are promised to one, and few looks at who is silent",
 )
 
 
@@ -232,6 +233,7 @@ def test_an_mta_that_does_not_read_keeps_nobody_waiting(serve: Serve) -> None:
         assert received == body
 
 
+@scheduled
 def test_an_action_that_waits_for_its_mta_keeps_nobody_else_waiting(serve: Serve) -> None:
     """One of another thread, which the handler leaves behind: its session waits for it, and no other one."""
     app = Milter("test")
@@ -271,6 +273,7 @@ def test_an_action_that_waits_for_its_mta_keeps_nobody_else_waiting(serve: Serve
 # ---- MTAs that fall silent
 
 
+@scheduled
 def test_silent_mtas_are_given_up_and_their_handlers_hear_of_it(run_filter: RunFilter) -> None:
     """After any packet, in the middle of one, and in the middle of a message."""
     process = run_filter("tests/filters/silence.py", "inet:0@127.0.0.1")

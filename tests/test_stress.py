@@ -33,7 +33,7 @@ SYSTEM = ("sendmsg", "recvmsg", "epoll_wait", "epoll_ctl", "pthread_create", "vs
 
 def compiled(directory: Path, flags: list[str], archive: Archive | None) -> Path:
     program = directory / "stress"
-    inside = {"packets.c"}  # which stress/inside.c includes
+    inside = {"packets.c", "scheduler.c"}  # which stress/inside.c and leads.c include
     shim = [SHIM / name for name in SOURCES if name not in inside]
     redirection = [*archive.link_flags, archive.path] if archive else []
     command = [

@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include "stress.h"
 
+#include "inside.h"
 #include "redirect.h"
 
 #include <arpa/inet.h>
@@ -587,6 +588,8 @@ static void enter_conversation(struct conversation *c, int app)
 
 static int leave_conversation(struct conversation *c, int answer)
 {
+    if (chance(4) == 0)
+        forget_waiting();
     atomic_flag_clear(&c->inside);
     return answer;
 }

@@ -61,7 +61,7 @@
 
 enum {
     LATE_THREADS = 3,
-    ENOUGH = 2500, /* messages to try all ways */
+    ENOUGH = 4000, /* messages to try all ways */
     LEAST_RUNS = 7, /* one of each kind, see make_plan() */
     MOST_SESSIONS = 256 + CLIENTS * 8 /* as many ends may wait to be told, and some connections be open */
 };

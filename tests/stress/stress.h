@@ -3,7 +3,7 @@
  * What the rooms of the stress program share: stress.c is the process and says what is
  * checked, mta.c the clients, standin.c the stand-in for Python, transcript.c what was sent,
  * faults.c memory and disks that run out and system calls that fail, log.c the log,
- * inside.c what lies within the shim, tools.c the rest.
+ * inside.c and leads.c what lies within the shim, tools.c the rest.
  */
 #ifndef STRESS_H
 #define STRESS_H
