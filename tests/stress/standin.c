@@ -588,7 +588,7 @@ static void enter_conversation(struct conversation *c, int app)
 
 static int leave_conversation(struct conversation *c, int answer)
 {
-    if (chance(4) == 0)
+    if (c->app % 2 == 0 && chance(4) == 0)
         forget_waiting();
     atomic_flag_clear(&c->inside);
     return answer;
