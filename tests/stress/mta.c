@@ -289,12 +289,15 @@ static void read_late(struct mta *m)
         nap(chance(30000));
         return;
     }
-    while (atomic_load(&connections) < before + 2 && goes_on() && patience > 0) {
+    const bool waits = may_wait_for_others();
+    while (waits && atomic_load(&connections) < before + 2 && patience > 0) {
         nap(1000);
         patience--;
     }
     if (patience == 0)
         violation("nobody else is served while a client does not read");
+    if (waits)
+        waits_no_more();
     atomic_flag_clear(&taken);
 }
 
@@ -669,7 +672,8 @@ static void flood(struct mta *m)
     if (m->ended || atomic_flag_test_and_set(&taken))
         return;
     const unsigned long before = atomic_load(&connections);
-    while (atomic_load(&connections) < before + 3 && said < MOST && goes_on() && !m->ended) {
+    const bool waits = may_wait_for_others();
+    while (waits && atomic_load(&connections) < before + 3 && said < MOST && !m->ended) {
         if (!say_helo(m))
             break;
         said++;
@@ -680,6 +684,8 @@ static void flood(struct mta *m)
     while (answered < said && judge(m, SMFIP_NR_HELO, 'H') == ON)
         answered++;
     tried(FLOODS);
+    if (waits)
+        waits_no_more();
     if (said == MOST)
         violation("nobody else is served while a client never pauses");
     atomic_flag_clear(&taken);

@@ -782,15 +782,19 @@ static int answer_of(struct conversation *c, struct milter_event *event, const s
 }
 
 /* Until another session is served. One at a time: it must not be the last one that could be served. */
-static void meet_another(const struct run *run)
+static void meet_another(void)
 {
     static atomic_flag taken = ATOMIC_FLAG_INIT;
     int patience = 20000;
 
     if (!milter_io_wrapped() || atomic_flag_test_and_set(&taken))
         return;
+    if (!may_wait_for_others()) {
+        atomic_flag_clear(&taken);
+        return;
+    }
     const unsigned long before = atomic_load(&entries);
-    while (atomic_load(&entries) == before && goes_on() && !atomic_load(&run->ending) && patience > 0) {
+    while (atomic_load(&entries) == before && patience > 0) {
         nap(1000);
         patience--;
     }
@@ -798,6 +802,7 @@ static void meet_another(const struct run *run)
         violation("no other session is served while a handler waits");
     else
         tried(MEETINGS);
+    waits_no_more();
     atomic_flag_clear(&taken);
 }
 
@@ -817,7 +822,7 @@ static void keep_the_thread(const struct conversation *c)
         break;
     case 2:
     case 3:
-        meet_another(&runs[c->app]);
+        meet_another();
         break;
     }
 }

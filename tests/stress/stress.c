@@ -227,6 +227,7 @@ static struct run *begin(int app)
     while ((run->run = milter_begin(&run->plan)) == NULL)
         continue;
     atomic_store(&current_app, app);
+    let_wait();
     return run;
 }
 
@@ -234,6 +235,7 @@ static void end(struct run *run, int app, int clients)
 {
     const bool pause = atomic_load(&stop_clients) || chance(3) == 0;
 
+    let_no_more_wait();
     if (pause) {
         atomic_store(&pause_clients, true);
         while (atomic_load(&pausing) < clients && !atomic_load(&stop_clients))
@@ -275,6 +277,8 @@ static void report(int app, bool complete)
     for (int way = 0; way < WAYS; way++)
         if (complete && atomic_load(&ways[way]) == 0 && !is_impossible((enum way)way))
             violation("%s: not tried", way_names[way]);
+    if (idle && atomic_load(&timeouts) == 0)
+        violation("no client was given up that was silent for longer than the time-out");
     fprintf(stderr, "%u violations, %u hangs\n", atomic_load(&violations), atomic_load(&hangs));
     fflush(stderr);
 }
@@ -344,6 +348,7 @@ int main(int argc, char **argv)
     } while ((app < LEAST_RUNS || (double)(now.tv_sec - begun.tv_sec) < duration) && atomic_load(&violations) < 20 &&
              app < RUNS - 1);
 
+    let_no_more_wait();
     atomic_store(&stop_clients, true);
     for (int i = 0; i < clients; i++)
         pthread_join(threads[i], NULL);

@@ -143,6 +143,10 @@ extern struct transcript message_transcripts[CLIENTS * REMEMBERED], connection_t
 
 /* tools.c */
 void tried(enum way way);
+bool may_wait_for_others(void);
+void waits_no_more(void);
+void let_no_more_wait(void);
+void let_wait(void);
 void mark(unsigned message, unsigned char what);
 void add(struct bytes *bytes, const void *more, size_t size);
 void add_text(struct bytes *bytes, const char *text);
