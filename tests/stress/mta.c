@@ -307,7 +307,7 @@ static char answer_of_stage(struct mta *m, char stage)
     bool in_body = false, body_over = false;
 
     m->changes.size = 0;
-    if (chance(stage == 'E' ? 20 : 200) == 0)
+    if (chance(stage == 'E' ? 8 : 200) == 0)
         read_late(m);
     for (;;) {
         const char letter = get(m);

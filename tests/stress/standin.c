@@ -472,7 +472,7 @@ static void leave_address(char letter, struct bytes *changes, struct bytes *pack
 static void leave_body(struct bytes *changes, struct bytes *packets)
 {
     /* The largest is more than the socket takes while the client does not read. */
-    const size_t size = chance(4) != 0 ? chance(200) : chance((chance(5) != 0 ? 3 : 12) * PACKET);
+    const size_t size = chance(4) != 0 ? chance(200) : chance((chance(2) != 0 ? 3 : 12) * PACKET);
     const char *body = pool + chance(POOL - 12 * PACKET);
     char digits[24];
     size_t done = 0;
