@@ -48,7 +48,7 @@ check_threads() {
         return
     fi
     check "A thread for each connection: scripts/test-all.sh" env SENDMAIL_SOURCE="$source" KINDS=thread EXTRA=test-core \
-        sh scripts/test-all.sh tests/test_hostile_mta.py tests/test_turns.py
+        sh scripts/test-all.sh tests/test_hostile_mta.py tests/test_scheduler.py
 }
 
 begin
