@@ -194,8 +194,8 @@ def _write_where_is_room(descriptor: int, data: memoryview) -> int:
 def patient_stream(stream: TextIO, name: str, lose: Callable[[OSError], None] | None = None) -> TextIO:
     """A stream to the same descriptor, which escapes what cannot be encoded; `stream` itself if that has none.
 
-    It has no `io.BufferedWriter`, whose lock would be held while something is logged of a loss, when another thread, which
-    logs to the same stream, holds logging's own, and waits for that one.
+    It has no `io.BufferedWriter`, whose lock would be held while a loss is logged: another thread that logs to the same
+    stream may hold logging's own lock, and wait for that one.
     """
     if isinstance(getattr(stream, "buffer", None), _Raw):
         return stream

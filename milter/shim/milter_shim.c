@@ -557,8 +557,8 @@ static int enter_python(struct milter_session *session, enum milter_stage stage,
         session->seen = session->in_message;
         milter_before_python();
         answer = milter_back_from_python(milter_python_enter(&event));
+        end_call(session); /* it may wait, as Python may */
         milter_after_python();
-        end_call(session);
         sent = send_changes(session, &event, answer);
     }
     const bool client_lost = session->client_unread || session->client_deferred; /* and it does not come again */
@@ -769,8 +769,8 @@ static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsign
             answer = milter_python_negotiate(session, token, session->number, plan->app, offered_actions,
                                              offered_steps, actions, steps);
             milter_back_from_python(answer);
-            milter_after_python();
             end_call(session);
+            milter_after_python();
         }
         if ((answer & MILTER_ANSWERED) == 0)
             return SMFIS_REJECT;

@@ -205,7 +205,8 @@ struct connection *milter_adopt(int fd, bool tcp)
         set_option(fd, TCP_NODELAY);
     if (connection == NULL)
         return NULL;
-    clear(connection);
+    if (atomic_load(&connection->open)) /* else whoever closed it has cleared it, before it said so there */
+        clear(connection);
     connection->tcp = tcp;
     connection->ended = connection->ends = connection->drained = connection->left = false;
     connection->error = 0;

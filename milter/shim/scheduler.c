@@ -593,9 +593,10 @@ WRAP int __wrap_mi_start_session(SMFICTX *ctx)
         return MI_SUCCESS;
     }
     connection->ctx = ctx;
-    atomic_store(&connection->rests_since, now());
-    atomic_store(&connection->turn, RESTS);
-    if (epoll_ctl(news, EPOLL_CTL_ADD, connection->fd, &event) != 0) {
+    atomic_store(&connection->turn, SERVED); /* here: late news of the connection before must not begin it */
+    if (epoll_ctl(news, EPOLL_CTL_ADD, connection->fd, &event) == 0) {
+        rest(connection);
+    } else {
         milter_log(LOG_ERR, "a connection cannot be served: %s", strerror(errno));
         atomic_store(&connection->turn, ENDED);
         mi_clr_ctx(ctx);
