@@ -186,7 +186,7 @@ static void set_option(int fd, int option)
     (void)setsockopt(fd, IPPROTO_TCP, option, &on, sizeof on); /* without it: slower, not wrong */
 }
 
-/* By whoever serves the session, or finds an entry whose descriptor somebody closed behind our back. */
+/* By whoever serves the session, or finds the entry of one that is abandoned. */
 static void clear(struct connection *connection)
 {
     give_block_back(connection);
@@ -205,8 +205,11 @@ struct connection *milter_adopt(int fd, bool tcp)
         set_option(fd, TCP_NODELAY);
     if (connection == NULL)
         return NULL;
-    if (atomic_load(&connection->open)) /* else whoever closed it has cleared it, before it said so there */
+    if (atomic_load(&connection->open)) { /* else whoever closed it has cleared it, before it said so there */
+        if (!milter_abandon(connection))
+            return NULL;
         clear(connection);
+    }
     connection->tcp = tcp;
     connection->ended = connection->ends = connection->drained = connection->left = false;
     connection->error = 0;

@@ -111,6 +111,13 @@ void milter_io_expect(int family)
 
 static bool accept_fails; /* for want of something; libmilter's listener alone touches it */
 
+static bool is_shut(int fd)
+{
+    struct pollfd listener = {fd, 0, 0};
+
+    return __real_poll(&listener, 1, 0) > 0 && (listener.revents & POLLHUP) != 0;
+}
+
 static bool runs_out(int error)
 {
     return error == EMFILE || error == ENFILE || error == ENOMEM || error == ENOBUFS;
@@ -122,11 +129,11 @@ static bool runs_out(int error)
  * process has shut down, or that was replaced behind the descriptor: nothing to
  * tell of, but libmilter would give up after some. Returns the errno for libmilter.
  */
-static int note_failed_accept(int error)
+static int note_failed_accept(int fd, int error)
 {
     struct rlimit limit = {0, 0};
 
-    if (error == EINVAL) {
+    if (error == EINVAL || is_shut(fd)) {
         __real_poll(NULL, 0, PAUSE);
         return EAGAIN;
     }
@@ -137,9 +144,9 @@ static int note_failed_accept(int error)
         (void)getrlimit(RLIMIT_NOFILE, &limit);
         milter_log(LOG_ERR,
                    "connections cannot be accepted (%s): they wait until others have ended. A process may have %llu "
-                      "open files: raise the limit (systemd: LimitNOFILE=; ulimit -n), or let the MTA open fewer "
-                      "connections",
-                      strerror(error), (unsigned long long)limit.rlim_cur);
+                   "open files: raise the limit (systemd: LimitNOFILE=; ulimit -n), or let the MTA open fewer "
+                   "connections",
+                   strerror(error), (unsigned long long)limit.rlim_cur);
     }
     __real_poll(NULL, 0, PAUSE);
     return error;
@@ -164,7 +171,7 @@ WRAP int __wrap_accept(int fd, struct sockaddr *address, socklen_t *size)
     if (size != NULL && *size > room)
         *size = room; /* of another family; libmilter takes this for the size of its memory at the next call */
     if (accepted < 0) {
-        errno = note_failed_accept(errno);
+        errno = note_failed_accept(fd, errno);
         return accepted;
     }
     note_accept(fd);

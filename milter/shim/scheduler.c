@@ -128,6 +128,7 @@ static bool watcher_wanted = true;
 static int spares;
 static int64_t tried; /* when no thread could be begun */
 static bool failing;  /* that was said */
+static int64_t next_sweep;
 
 /* This thread's, while it serves; NULL for threads of others. */
 static _Thread_local struct leader *self;
@@ -262,6 +263,11 @@ void milter_before_python(void)
     milter_meet_python();
     if (!leads_now())
         return;
+    if (atomic_load(&unwatched)) {
+        pthread_mutex_lock(&lock);
+        (void)is_watched();
+        pthread_mutex_unlock(&lock);
+    }
     self->counts = atomic_load(&waiting) <= 0;
     if (!self->counts) {
         atomic_fetch_sub(&waiting, 1);
@@ -475,7 +481,6 @@ static int64_t end_silent_sessions(void)
 /* Under the lock, which is released meanwhile: until this thread leads. */
 static void watch(void)
 {
-    int64_t next_sweep = 0;
     int quiet = 0;
     bool busy;
 
@@ -485,8 +490,9 @@ static void watch(void)
         quiet = busy ? 0 : quiet + 1;
         if (time >= next_sweep) {
             pthread_mutex_unlock(&lock);
-            next_sweep = end_silent_sessions();
+            const int64_t next = end_silent_sessions();
             pthread_mutex_lock(&lock);
+            next_sweep = next;
         } else if (quiet < QUIET) {
             sleep_until(time + (int64_t)TICK * 1000 * 1000);
         } else {
@@ -542,6 +548,13 @@ int milter_set_timeout(int seconds)
 void milter_expect_session(struct connection *connection)
 {
     expected = connection;
+}
+
+bool milter_abandon(struct connection *connection)
+{
+    int turn = RESTS;
+
+    return atomic_compare_exchange_strong(&connection->turn, &turn, ENDED) || turn == ENDED;
 }
 
 void milter_unwatch(int fd)

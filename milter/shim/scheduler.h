@@ -34,6 +34,12 @@ void milter_hand_over(void);
 /* By the thread that serves a session: may it take more from the connection, before others have their turn? */
 bool milter_goes_on(void);
 
+/*
+ * By libmilter's listener, of an entry whose descriptor somebody closed behind our back: its session is served no
+ * more. False: a thread still serves it.
+ */
+bool milter_abandon(struct connection *connection);
+
 /* By whoever closes a connection: no thread waits for it any more. */
 void milter_unwatch(int fd);
 

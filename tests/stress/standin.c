@@ -395,7 +395,7 @@ static struct bytes content_of(const struct run *run, const struct milter_event 
         tried(IN_MEMORY);
         return content;
     }
-    if (event->content != NULL || event->content_size <= run->plan.spool_size)
+    if (event->content != NULL || (event->content_size <= run->plan.spool_size && !with_faults)) /* no memory: a file */
         violation("a message of %zu bytes is in a file", event->content_size);
     if (fstat(event->content_file, &status) != 0 || status.st_nlink != 0 ||
         (fcntl(event->content_file, F_GETFD) & FD_CLOEXEC) == 0)
