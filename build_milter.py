@@ -5,8 +5,9 @@ libmilter is found through pkg-config, by the name ``milter``: first where
 ``PKG_CONFIG_PATH`` and the system say, then by the ``milter.pc`` beside this file.
 
 Where there is a static ``libmilter.a`` that can be a part of the extension, it is linked, and the linker
-redirects its system calls to milter/shim/io.c; else the shared library is, and does its own. The two
-behave the same, and differ in speed. ``MILTER_LINK=static`` or ``shared`` says which it must be.
+redirects some of its calls to milter/shim (redirect.c, packets.c, scheduler.c); else the shared library is,
+and does its own. The two behave the same, and differ in speed. ``MILTER_LINK=static`` or ``shared`` says
+which it must be.
 
 ``MILTER_STRICT=1`` turns the compiler's warnings into errors.
 """
@@ -26,8 +27,9 @@ HERE = Path(__file__).resolve().parent
 SHIM = Path("milter", "shim")
 SOURCES = (
     *("milter_shim.c", "content.c", "changes.c", "macro_guard.c", "connect_guard.c", "peer.c"),
-    *("io.c", "threads.c", "turns.c", "child.c"),
+    *("packets.c", "scheduler.c", "redirect.c", "child.c"),
 )
+INTERFACES = ("milter_shim", "child", "packets", "redirect", "scheduler")
 
 MISSING_PKG_CONFIG = """\
 milter: pkg-config is missing, so libmilter cannot be found.
@@ -52,15 +54,13 @@ It needs a libmilter.a of position-independent code (Debian, Ubuntu: libmilter-d
 """
 SHARED_INSTEAD = "milter: linking the shared libmilter, whose system calls stay as they are: {reason}"
 
-# What io.c puts in the place of libmilter's calls. The fortified ones are referred to only in some builds.
-WRAPPERS = (
-    *("accept", "close", "poll", "pthread_cond_signal", "pthread_create", "pthread_detach"),
-    *("read", "syslog", "write", "writev"),
-)
-FORTIFIED_WRAPPERS = ("__poll_chk", "__read_chk", "__syslog_chk")
-# Without these it is not the libmilter that io.c was written for; one name of each line must be there.
-NEEDED = (("accept",), ("close",), ("poll", "__poll_chk"), ("read", "__read_chk"), ("writev",))
-# Ways around io.c: a libmilter that uses one of them stays as it is.
+# What packets.c, scheduler.c and redirect.c put in the place of libmilter's calls.
+WRAPPERS = ("accept", "close", "mi_rd_cmd", "mi_wr_cmd", "poll", "syslog")
+# These are called only in some builds: by the fortified ones, and by those with a pool of workers.
+WRAPPERS_OF_SOME = ("__poll_chk", "__syslog_chk", "mi_pool_controller_init", "mi_start_session")
+# Without these it is not the libmilter that they were written for; one name of each line must be there.
+NEEDED = (("accept",), ("close",), ("mi_rd_cmd",), ("mi_wr_cmd",), ("poll", "__poll_chk"))
+# Ways around them: a libmilter that uses one of them stays as it is.
 UNSERVED = frozenset(
     [
         *["accept4", "epoll_wait", "epoll_pwait", "ppoll", "__ppoll_chk", "pselect", "select", "shutdown"],
@@ -87,7 +87,7 @@ def builder() -> FFI:
     ffi.set_source(
         "milter._shim",
         # With another libmilter the source is another one, and is compiled anew.
-        f'/* {archive or "shared"} */\n#include "milter_shim.h"\n#include "child.h"\n#include "io.h"\n',
+        f"/* {archive or 'shared'} */\n" + "".join(f'#include "{name}.h"\n' for name in INTERFACES),
         sources=[str(SHIM / name) for name in SOURCES],
         depends=[str(SHIM / path.name) for path in sorted((HERE / SHIM).glob("*.h"))] + objects,
         define_macros=archive.macros if archive else [],
@@ -181,7 +181,7 @@ class Archive:
 
     @property
     def macros(self) -> list[tuple[str, str | None]]:
-        """io.c defines all wrappers, and shows by these names that the linker used them."""
+        """redirect.c shows by these names that the linker used them."""
         return [
             ("MILTER_IO_WRAPPED", "1"),
             ("MILTER_IO_SYMBOLS", " ".join(f"X({name})" for name in self.symbols)),
@@ -213,7 +213,7 @@ def suitable_archive(flags: list[str]) -> Archive:
         raise Unsuitable(f"{path} calls {', '.join(around)}")
     if lacking:
         raise Unsuitable(f"{path} does not call {', '.join(lacking)}")
-    archive = Archive(path, tuple(sorted({*WRAPPERS, *calls.intersection(FORTIFIED_WRAPPERS)})))
+    archive = Archive(path, tuple(sorted({*WRAPPERS, *calls.intersection(WRAPPERS_OF_SOME)})))
     try_redirection(archive)
     return archive
 

@@ -18,10 +18,11 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable
 from email.message import EmailMessage
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from examples import attachments, footer
-from milter import Address, Message
+from milter import Address, Context, EomContext, Message
+from milter.context import Conversation, Transaction
 from milter.edits import Numbering, changes
 from milter.message import MemoryContent
 
@@ -253,6 +254,15 @@ def remove_and_add_recipients(received: Message) -> None:
     changed(received)
 
 
+def remove_spellings(received: Message) -> None:
+    for recipient in received.recipients:
+        received.recipients.remove(str(recipient))
+        len(received.recipients)
+        with contextlib.suppress(ValueError):
+            received.recipients.remove("other@mta.example")
+    changed(received)
+
+
 def set_body(received: Message) -> None:
     received.body = [b"a\r\n"] * received.size
     changed(received)
@@ -264,6 +274,21 @@ def named(size: int) -> Message:
 
 def addressed(size: int) -> Message:
     return message(recipients=size)
+
+
+def spelt(size: int) -> list[Address]:
+    """One mailbox, in that many spellings."""
+    letters = "abcdefghijklmnop"
+    return [
+        Address.from_arguments(
+            ["".join(c.upper() if number >> place & 1 else c for place, c in enumerate(letters)) + "@mta.example"]
+        )
+        for number in range(size)
+    ]
+
+
+def addressed_to_one(size: int) -> Message:
+    return Message(MemoryContent([], b""), Address(""), spelt(size))
 
 
 EDITED = {
@@ -282,7 +307,50 @@ EDITED = {
     "add recipients": Case(addressed, add_recipients),
     "remove recipients": Case(addressed, remove_recipients),
     "remove and add recipients": Case(addressed, remove_and_add_recipients),
+    "remove spellings": Case(addressed_to_one, remove_spellings),
     "body in pieces": Case(tagged, set_body),
+}
+
+# ---- What a context tells
+
+
+class Silent:
+    """As much of a call as a context needs, to remove recipients."""
+
+    def remove_recipient(self, address: bytes) -> None: ...
+
+
+def at_rcpt(recipients: list[Address]) -> None:
+    """At each recipient look at those before it."""
+    conversation = Conversation(1, None, None)
+    transaction = conversation.transaction = Transaction(Address(""))
+    context: Context[Any, Any] = Context(conversation, cast(Any, Silent()))
+    for recipient in recipients:
+        if len(context.recipients) > 3:
+            context.recipients[0], context.recipients[-1], context.recipients[1:3], next(iter(context.recipients))
+        transaction.recipients.append(recipient)
+
+
+def at_end(recipients: list[Address], texts: Iterable[str]) -> None:
+    """Remove recipients by a text."""
+    conversation = Conversation(1, None, None)
+    transaction = conversation.transaction = Transaction(Address(""))
+    transaction.recipients += recipients
+    context: EomContext[Any, Any] = EomContext(conversation, cast(Any, Silent()))
+    for text in texts:
+        context.remove_recipient(text)
+
+
+TOLD = {
+    "recipients at RCPT": Case(spelt, at_rcpt),
+    "remove each by its text": Case(spelt, lambda recipients: at_end(recipients, map(str, recipients))),
+    "remove each by another text": Case(
+        spelt, lambda recipients: at_end(recipients, (recipient.canonical for recipient in recipients))
+    ),
+    "parameters of a recipient": Case(
+        lambda size: Address.from_arguments(["bob@mta.example", *(f"A{number}=b" for number in range(size))]),
+        lambda recipient: [recipient.params[name] for name in recipient.params if name in recipient.params],
+    ),
 }
 
 # ---- The examples that parse
@@ -332,7 +400,7 @@ EXAMPLES = {
     "footer: spaces": Case(parts(b"text/html", b"</body>" + b" " * 9), add_a_footer),
 }
 
-CASES = {**{name: Case(make, read_all) for name, make in PARSED.items()}, **EDITED, **EXAMPLES}
+CASES = {**{name: Case(make, read_all) for name, make in PARSED.items()}, **EDITED, **TOLD, **EXAMPLES}
 
 
 def seconds(case: Case, size: int) -> float:

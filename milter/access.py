@@ -15,8 +15,8 @@ The line goes to the logger ``milter.access``, at level INFO. It has the form ``
 ``client``      the name of the SMTP client, as the MTA found it; ``address`` and ``port``: where it is
 ``sender``      as the client gave it, without brackets; ``""`` is the null sender, ``-`` none: a connection
                 was refused
-``recipients``  those that were accepted
-``refused``     those that the filter refused, each with its answer
+``recipients``  those that were accepted, a hundred at most; ``more_recipients``, only if there are more: how many
+``refused``     those that the filter refused, each with its answer; ``more_refused`` likewise
 ``verdict``     what the filter decided: ``accept``, ``reject``, ``tempfail``, ``discard``; or ``abort``: the client
                 or the MTA gave up before. If the MTA is lost while it is told, only its own log knows
 ``stage``       where it was decided; ``rcpt`` with a refusal: all recipients were refused, and the client gave up.

@@ -17,7 +17,7 @@ from ipaddress import ip_address
 
 from milter.envelope import Params
 
-__all__ = ["Address", "same_mailbox"]
+__all__ = ["Address", "Mailboxes"]
 
 
 class Address(str):
@@ -36,11 +36,12 @@ class Address(str):
     True
     """
 
-    __slots__ = ("_arguments", "_domain", "_from_server", "_local")
+    __slots__ = ("_arguments", "_domain", "_from_server", "_local", "_params")
     _arguments: Sequence[str]
     _from_server: bool
     _local: str
     _domain: str
+    _params: Params | None
 
     def __new__(cls, raw: str = "") -> "Address":
         """Of the text of a client, in any spelling."""
@@ -55,6 +56,7 @@ class Address(str):
         address._from_server = False
         address._local = local
         address._domain = domain
+        address._params = None
         return address
 
     @classmethod
@@ -78,7 +80,9 @@ class Address(str):
     @property
     def params(self) -> Params:
         """The ESMTP parameters that came with it."""
-        return Params(self._arguments[1:])
+        if self._params is None:
+            self._params = Params(self._arguments[1:])
+        return self._params
 
     @property
     def local(self) -> str:
@@ -316,8 +320,36 @@ def _fits(address: Address, kind: str, text: str) -> bool:
     return address.domain == text if kind == "domain" else address.domain.endswith(text)
 
 
-def same_mailbox(address: str, known: Iterable[Address]) -> list[Address]:
-    """Those of the known ones that are this address; if no text is the same, those with another spelling of it."""
-    reading = Address(address)
-    same = [each for each in known if each.canonical == reading.canonical]
-    return [each for each in same if each == reading] or same
+# ---- Many addresses
+
+
+class Mailboxes:
+    """Addresses that are found in any spelling and taken out, each in the same time, however many there are.
+
+    >>> mailboxes = Mailboxes(map(Address, ["bob@mta.example", "Bob@mta.example", "BOB@mta.example"]))
+    >>> mailboxes.take("Bob@mta.example"), mailboxes.take("boB@mta.example"), "bob@mta.example" in mailboxes
+    (['Bob@mta.example'], ['bob@mta.example', 'BOB@mta.example'], False)
+    """
+
+    __slots__ = ("_spellings",)
+
+    def __init__(self, addresses: Iterable[Address]) -> None:
+        # By the canonical text, and then by the text: one mailbox can be written in very many ways.
+        self._spellings: dict[str, dict[str, list[Address]]] = {}
+        for address in addresses:
+            self.add(address)
+
+    def add(self, address: Address) -> None:
+        self._spellings.setdefault(address.canonical, {}).setdefault(address, []).append(address)
+
+    def __contains__(self, address: str) -> bool:
+        return Address(address).canonical in self._spellings
+
+    def take(self, address: str) -> list[Address]:
+        """Take out those with this text; if there are none, those with another spelling of it."""
+        reading = Address(address)
+        spellings = self._spellings.get(reading.canonical, {})
+        same = spellings.pop(reading, None)
+        if same is None or not spellings:
+            self._spellings.pop(reading.canonical, None)
+        return same if same is not None else [each for others in spellings.values() for each in others]

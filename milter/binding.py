@@ -42,6 +42,7 @@ from milter.gil import gil_is_on
 from milter.plan import Plan
 from milter.protocol import Actions, MacroList, ProtocolOptions, Stage, known_actions, known_options
 from milter.safe_log import SafeLog
+from milter.scarcity import MemoryOutage
 from milter.verdict import Reply
 
 log = SafeLog("milter")
@@ -283,6 +284,7 @@ def _read_file(file: int, offset: int, size: int) -> bytes:
 # ---- The two ways in -------------------------------------------------------------------------
 
 _engines: dict[int, Engine] = {}
+_memory_outage = MemoryOutage()
 _numbers = itertools.count(1)
 _STAGES = tuple(sorted(Stage, key=lambda stage: stage.value))
 _EOM = Stage.EOM
@@ -290,7 +292,10 @@ _EOM = Stage.EOM
 
 def _crashed(kind: type[BaseException], failure: BaseException, traceback: Any) -> None:
     """The engine itself failed; the shim answers a temporary failure."""
-    log.critical("the engine failed; the MTA is told to try again later", exc_info=failure)
+    if isinstance(failure, MemoryError):
+        _memory_outage.tell()
+    else:
+        log.critical("the engine failed; the MTA is told to try again later", exc_info=failure)
 
 
 @ffi.def_extern(error=0, onerror=_crashed)
@@ -423,6 +428,7 @@ class Run:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        engine.watch.start()  # first, since there may be no thread
         self._number = next(number for number in _numbers if number & _MARK)
         _engines[self._number] = engine
         plan, _keep_alive = _shim_plan(engine.plan, self._number)
@@ -432,7 +438,6 @@ class Run:
         self._run = lib.milter_begin(plan)
         if not self._run:  # pragma: no cover (memory does not run out in tests)
             raise MemoryError("no memory for a run of the filter")
-        engine.watch.start()
 
     def wait_sessions(self, milliseconds: int) -> int:
         """Wait until no MTA is connected, or the time is over; how many still are."""
@@ -495,7 +500,6 @@ def _shim_plan(plan: Plan, number: int) -> tuple[Any, list[Any]]:
     struct.negotiates = plan.negotiates
     struct.gathers = plan.gathers
     struct.leading_space = plan.shows_leading_space
-    struct.straight = plan.waits or not gil_is_on()
     struct.spool_size = plan.spool_size
     struct.spool_directory = directory = ffi.new("char[]", os.fsencode(plan.spool_directory))
     texts = [directory]

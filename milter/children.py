@@ -144,17 +144,21 @@ def _in_child() -> None:
 
 
 def _renew(stream: object) -> None:
-    """Give up the buffer, and its lock, which a thread of the parent may hold: here, nobody would release it."""
-    if type(stream) is io.TextIOWrapper and type(stream.buffer) is io.BufferedWriter:
+    """Give up what is buffered, and a lock that a thread of the parent may hold: here, no thread would release it."""
+    if type(stream) is not io.TextIOWrapper:
+        return
+    if type(stream.buffer) is io.BufferedWriter:
         io.BufferedWriter.__init__(stream.buffer, stream.buffer.raw)
-        io.TextIOWrapper.__init__(
-            stream,
-            stream.buffer,
-            stream.encoding,
-            stream.errors,
-            line_buffering=stream.line_buffering,
-            write_through=stream.write_through,
-        )
+    elif not isinstance(stream.buffer, io.RawIOBase):
+        return
+    io.TextIOWrapper.__init__(
+        stream,
+        stream.buffer,
+        stream.encoding,
+        stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)

@@ -8,11 +8,13 @@ context reach libmilter is the binding's business: it gives each context a :clas
 
 import contextvars
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from operator import eq
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, overload
 
 from milter import checks
-from milter.addresses import Address, same_mailbox
+from milter.addresses import Address, Mailboxes
 from milter.edits import Change
 from milter.envelope import ClientAddress, client_address, from_xtext
 from milter.errors import ActionError, ContextError, StageError, TooEarlyError
@@ -122,12 +124,15 @@ NO_VARIABLES = contextvars.Context()
 class Transaction(Scope):
     """One mail transaction (RFC 5321, section 3.3): from MAIL to the message's end."""
 
-    __slots__ = ("body_failure", "body_replaced", "message", "recipients", "sender", "spoilt", "state")
+    __slots__ = ("body_failure", "body_replaced", "mailboxes", "message", "recipients", "sender", "spoilt", "state")
 
     def __init__(self, sender: Address) -> None:
         super().__init__()
         self.sender = sender
         self.recipients: list[Address] = []
+        """It only grows: see :class:`Accepted`."""
+        self.mailboxes: Mailboxes | None = None
+        """The recipients that :meth:`EomContext.remove_recipient` has not removed; made when it looks for one."""
         self.state: Any = None
         self.body_replaced = False
         self.body_failure: BaseException | None = None
@@ -194,6 +199,49 @@ class Conversation(Scope):
         if transaction.state is None:
             transaction.state = self._new_transaction()
         return transaction.state
+
+
+class Accepted(Sequence[Address]):
+    """The recipients that were accepted until now, as a tuple has them. It never changes, and can be kept.
+
+    No copy: the recipients of a message are a list that only grows, and this is its beginning. So a handler may look
+    at each of 100,000 recipients without a hundred thousand copies.
+    """
+
+    __slots__ = ("_all", "_count")
+
+    def __init__(self, recipients: list[Address]) -> None:
+        self._all = recipients
+        self._count = len(recipients)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Address: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Address, ...]: ...
+    def __getitem__(self, index: int | slice) -> Address | tuple[Address, ...]:
+        places = range(self._count)[index]
+        return self._all[places] if isinstance(places, int) else tuple([self._all[place] for place in places])
+
+    def __iter__(self) -> Iterator[Address]:
+        return islice(self._all, self._count)
+
+    def __contains__(self, address: object) -> bool:
+        recipients: Iterator[object] = iter(self)
+        return address in recipients
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Accepted | list | tuple):
+            return len(self) == len(other) and all(map(eq, self, other))
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
 
 
 class Macros(Mapping[str, str]):
@@ -303,10 +351,14 @@ class Context(_View, Generic[S, T]):
         return transaction.sender if transaction is not None else None
 
     @property
-    def recipients(self) -> tuple[Address, ...]:
-        """The recipients that were accepted so far (in ``on_rcpt``: before this one)."""
+    def recipients(self) -> Sequence[Address]:
+        """The recipients that were accepted so far (in ``on_rcpt``: before this one).
+
+        It never changes, and can be kept. A client may name 100,000, and ``in`` looks at one after the other: to look
+        for an address in each ``on_rcpt``, keep a set in :attr:`transaction`.
+        """
         transaction = self._conversation.transaction
-        return tuple(transaction.recipients) if transaction is not None else ()
+        return Accepted(transaction.recipients) if transaction is not None else ()
 
     @property
     def macros(self) -> Mapping[str, str]:
@@ -483,10 +535,7 @@ class EomContext(Context[S, T]):
 
         An address that is no recipient is ignored by the MTA.
         """
-        if isinstance(address, Address) and address.from_server:
-            known = [address]
-        else:
-            known = same_mailbox(address, self.recipients)
+        known = [address] if isinstance(address, Address) and address.from_server else self._mailboxes().take(address)
         for encoded in dict.fromkeys(map(checks.known_recipient, known)) or [checks.recipient(address)]:
             self._call.remove_recipient(encoded)
 
@@ -529,6 +578,12 @@ class EomContext(Context[S, T]):
         between them.
         """
         self._call.progress()
+
+    def _mailboxes(self) -> Mailboxes:
+        transaction = self._transaction()
+        if transaction.mailboxes is None:
+            transaction.mailboxes = Mailboxes(transaction.recipients)
+        return transaction.mailboxes
 
     def _transaction(self) -> Transaction:
         transaction = self._conversation.transaction

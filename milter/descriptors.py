@@ -3,14 +3,16 @@
 own; and those that must be.
 """
 
+import contextlib
 import os
+import resource
 import socket
 import sys
 from collections.abc import Iterator
 
-__all__ = ["duplicate", "open_standard_streams", "sockets"]
+__all__ = ["duplicate", "open_standard_streams", "raise_limit", "sockets"]
 
-_MOST = 65536  # where there is no /proc
+_MOST = 65536  # where there is no /proc, and of the limit: old programs close all that there may be, one by one
 
 
 def sockets() -> Iterator[tuple[int, socket.socket]]:
@@ -54,6 +56,19 @@ def open_standard_streams() -> None:
                 os.close(opened)
             if getattr(sys, name) is None:
                 setattr(sys, name, open(descriptor, "r" if descriptor == 0 else "w", closefd=False))  # noqa: SIM115
+
+
+def raise_limit() -> None:
+    """Let this process and its children open as many files as the hard limit allows, up to `_MOST`.
+
+    The soft limit is 1024 on most systems, for the sake of programs with select(), which knows no more. Nothing here
+    uses select(), and each connection of an MTA takes a descriptor.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # macOS says that there is no limit, and has one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _all() -> list[int]:

@@ -14,7 +14,9 @@ import sys
 import threading
 from typing import Any, cast
 
+from milter.errors import MilterError
 from milter.safe_log import SafeLog
+from milter.scarcity import start_thread
 
 __all__ = ["end_process", "tell_threads"]
 
@@ -31,7 +33,8 @@ def end_process(limit: float, insisted: threading.Event) -> None:
 
     In the main thread of a worker; os._exit, which does none of this, follows.
     """
-    threading.Thread(target=_watch, args=(limit, insisted), name="milter: the end", daemon=True).start()
+    with contextlib.suppress(MilterError):  # no thread: then the supervisor kills who does not end in time
+        start_thread(_watch, "milter: the end", limit, insisted)
     cast(Any, threading)._shutdown()
     atexit._run_exitfuncs()
     with contextlib.suppress(AttributeError, OSError, ValueError):

@@ -94,10 +94,11 @@ class Params(Mapping[str, str | None]):
     ('size=2048', 'SMTPUTF8', 'AUTH=ann+2Bx@example.org')
     """
 
-    __slots__ = ("_raw",)
+    __slots__ = ("_raw", "_values")
 
     def __init__(self, raw: Sequence[str] = ()) -> None:
         self._raw = tuple(raw)
+        self._values: dict[str, str | None] | None = None
 
     @property
     def raw(self) -> tuple[str, ...]:
@@ -105,23 +106,32 @@ class Params(Mapping[str, str | None]):
         return self._raw
 
     def __getitem__(self, keyword: str) -> str | None:
-        wanted = keyword.upper()
-        for parameter in self._raw:
-            name, equals, value = parameter.partition("=")
-            if name.upper() == wanted:
-                if not equals:
-                    return None
-                return from_xtext(value) if wanted in _IN_XTEXT else value
-        raise KeyError(keyword)
+        try:
+            return self._by_keyword()[keyword.upper()]
+        except KeyError:
+            raise KeyError(keyword) from None
 
     def __contains__(self, keyword: object) -> bool:
-        return isinstance(keyword, str) and keyword.upper() in iter(self)
+        return isinstance(keyword, str) and keyword.upper() in self._by_keyword()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys(parameter.partition("=")[0].upper() for parameter in self._raw))
+        return iter(self._by_keyword())
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._by_keyword())
 
     def __repr__(self) -> str:
         return f"Params({list(self._raw)!r})"
+
+    def _by_keyword(self) -> dict[str, str | None]:
+        """The first of each keyword. Made once: a client may write hundreds."""
+        if self._values is None:
+            values: dict[str, str | None] = {}
+            for parameter in self._raw:
+                name, equals, value = parameter.partition("=")
+                keyword = name.upper()
+                if keyword not in values:
+                    decoded = from_xtext(value) if keyword in _IN_XTEXT else value
+                    values[keyword] = decoded if equals else None
+            self._values = values
+        return self._values

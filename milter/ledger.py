@@ -27,10 +27,10 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import islice, starmap
 from mmap import mmap
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
@@ -60,6 +60,7 @@ _EOM = Stage.EOM
 _REFUSALS = (Status.REJECT, Status.TEMPFAIL)
 _GIVEN_UP = (Stage.ABORT, Stage.HELO, Stage.CONNECT, Stage.CLOSE)
 
+_LISTED_AT_MOST = 100  # recipients in a record, and refused ones
 _ABORT, _TEMPFAIL = "abort", "tempfail"
 _VERDICTS = {
     Status.CONTINUE: "accept",
@@ -113,7 +114,13 @@ class _Account:
     handlers: int = 0
     """Nanoseconds that handlers took."""
     refused: list[tuple[Address, _Decision]] = field(default_factory=list)
-    raised: list[str] = field(default_factory=list)
+    """The first ones: there may be any number."""
+    refusals: int = 0
+    """How many there were."""
+    refusal: _Decision | None = None
+    """The last one, of those that let the client try again if there are any."""
+    raised: dict[str, None] = field(default_factory=dict)
+    """The names of handlers, each once."""
     actions: Counter[str] = field(default_factory=Counter)
     shown: int = 0
     """Bytes of the message that its handlers were shown."""
@@ -121,6 +128,13 @@ class _Account:
     """Handlers wanted no more of the body."""
     crashed: bool = False
     """The library itself failed on the way: whatever handlers say, the shim answers a temporary failure."""
+
+    def refuse(self, recipient: Address, decision: _Decision) -> None:
+        self.refusals += 1
+        if len(self.refused) < _LISTED_AT_MOST:
+            self.refused.append((recipient, decision))
+        if _status(decision) is Status.TEMPFAIL or self.refusal is None or _status(self.refusal) is Status.REJECT:
+            self.refusal = decision
 
 
 class _Step(Protocol):
@@ -144,7 +158,7 @@ class Ledger:
         self._metrics_failed = False
         self._accounts: dict[int, _Account] = {}
         # Handlers that raised outside a message: its refusal, or that of its messages, comes of it.
-        self._raised: dict[int, list[str]] = {}
+        self._raised: dict[int, dict[str, None]] = {}
         self._shows_header = self._shows_body = self._shows_leading_space = False
 
     @property
@@ -178,8 +192,8 @@ class Ledger:
     def raised(self, handler: str, stage: Stage, connection: Conversation) -> None:
         """By the engine: a handler raised."""
         account = self._accounts.get(connection.id)
-        raised = account.raised if account is not None else self._raised.setdefault(connection.id, [])
-        raised.append(handler)
+        raised = account.raised if account is not None else self._raised.setdefault(connection.id, {})
+        raised[handler] = None
         if self.metrics is not None:
             self._count(self.metrics.raised, stage)
 
@@ -217,7 +231,7 @@ class Ledger:
     def _mail(self, reader: _Reader, step: _Step, fields: _Fields, connection: Conversation, call: Call) -> _Decision:
         sender, again = _address(fields)
         account = self._accounts[connection.id] = _Account(sender, call.message_began)
-        account.raised += self._raised.get(connection.id, ())
+        account.raised.update(self._raised.get(connection.id, {}))
         decision = self._event(reader, step, again, connection, call)
         account.transaction = connection.transaction
         return decision
@@ -227,7 +241,7 @@ class Ledger:
         account = self._accounts.get(connection.id)
         decision = self._event(reader, step, again, connection, call)
         if account is not None and _status(decision) in _REFUSALS:
-            account.refused.append((recipient, decision))
+            account.refuse(recipient, decision)
             if self.metrics is not None:
                 self.metrics.refused_recipient(_VERDICTS[_status(decision)])
         return decision
@@ -311,8 +325,8 @@ class Ledger:
                 decision,
                 queue_id=_queue_id(call),
                 sender=str(account.sender),
-                recipients=[str(recipient) for recipient in recipients],
-                refused=[_refusal(recipient, answer) for recipient, answer in account.refused],
+                recipients=_listed("recipients", map(str, recipients[:_LISTED_AT_MOST]), len(recipients)),
+                refused=_listed("refused", starmap(_refusal, account.refused), account.refusals),
                 failed=list(account.raised),
                 actions=dict(account.actions),
                 size=self._size(account) if stage is _EOM else None,
@@ -397,9 +411,7 @@ def _refusal_of_all(account: _Account) -> _Decision | None:
     """
     if account.transaction is None or account.transaction.recipients:
         return None
-    answers = [answer for _, answer in account.refused]
-    passing = [answer for answer in answers if _status(answer) is Status.TEMPFAIL]
-    return next(reversed(passing or answers), None)
+    return account.refusal
 
 
 def _now() -> int:
@@ -417,9 +429,9 @@ def _record(
     total: int | None = None,
     queue_id: str | None = None,
     sender: str | None = None,
-    recipients: Sequence[str] = (),
-    refused: Sequence[dict[str, Any]] = (),
-    failed: Sequence[str] = (),
+    recipients: Mapping[str, Any] | None = None,
+    refused: Mapping[str, Any] | None = None,
+    failed: Iterable[str] = (),
     actions: Mapping[str, int] | None = None,
     size: int | None = None,
 ) -> dict[str, Any]:
@@ -428,8 +440,8 @@ def _record(
         "queue_id": queue_id,
         **_client(connection),
         "sender": sender,
-        "recipients": list(recipients),
-        "refused": list(refused),
+        **(recipients or {"recipients": []}),
+        **(refused or {"refused": []}),
         "verdict": verdict,
         "stage": stage.name.lower() if stage is not None else None,
         **_reply(decision),
@@ -440,6 +452,13 @@ def _record(
         "total_ms": _milliseconds(total) if total is not None else None,
         "connection": connection.id,
     }
+
+
+def _listed(name: str, entries: Iterable[Any], count: int) -> dict[str, Any]:
+    """The first ones, and how many more there are: a client can name any number."""
+    listed = list(entries)
+    more = {f"more_{name}": count - len(listed)} if count > len(listed) else {}
+    return {name: listed, **more}
 
 
 def _milliseconds(nanoseconds: int) -> float:

@@ -5,7 +5,7 @@ What a server asks of it: serve a listening socket, stop serving it. The trick w
 explained in :mod:`milter.standins`. Who tests a filter in this process asks for a connection, whether or not a server
 listens.
 
-Where its system calls are redirected (see shim/io.c), its log lines go to the logger ``milter.libmilter``;
+Where its calls are redirected (see shim/redirect.c), its log lines go to the logger ``milter.libmilter``;
 else they go to the system's log, facility mail.
 """
 
@@ -19,7 +19,10 @@ from pathlib import Path
 from milter import children
 from milter._shim import ffi, lib
 from milter.errors import MilterError
+from milter.gil import gil_is_on
 from milter.log_pipe import LogPipe
+from milter.safe_log import SafeLog
+from milter.scarcity import require_threads
 from milter.signals import wait_for_signal_thread
 from milter.standins import Placeholder, Silence, StageDoor, connect_to
 
@@ -27,8 +30,23 @@ from milter.standins import Placeholder, Silence, StageDoor, connect_to
 _NAME = "milter"
 _TIMEOUT = 7210
 _PACKET = 65535
+_OWN_THREADS = 5
+"""It waits for signals in one, and for connections in another; its pool has one, and two that work."""
 _OWN_DESCRIPTORS = 8
 """More than its pipe, and those of the first connections."""
+
+
+_NO_IPV6 = (
+    "this libmilter (the shared library) was built without IPv6{}. Install a libmilter that was built with it "
+    "(NETINET6), or let this library be built with libmilter's static archive (MILTER_LINK=static)"
+)
+_NO_IPV6_LISTENER = _NO_IPV6.format(", and cannot listen on inet6:")
+_NO_IPV6_CLIENTS = _NO_IPV6.format(
+    ": it closes the connection of the MTA when a client comes by IPv6, and the MTA treats that mail as its setting "
+    "for broken filters says"
+)
+
+log = SafeLog("milter")
 
 
 class Libmilter:
@@ -78,7 +96,12 @@ class Libmilter:
         """How it is linked, for people."""
         if self.redirected:
             return f"static, I/O wrapped: {' '.join(self.redirected)}"
-        return "shared"
+        return "shared, without IPv6" if self.lacks_ipv6 else "shared"
+
+    @property
+    def lacks_ipv6(self) -> bool:
+        """It was built without IPv6. Where its system calls are redirected, that makes no difference: always False."""
+        return not self.redirected and bool(lib.milter_lacks_ipv6())
 
     @property
     def where_it_logs(self) -> str:
@@ -172,11 +195,16 @@ class Libmilter:
         self._silence = self._copy = None
 
     def _start(self, listener: socket.socket, name: str, timeout: int, debug: int, max_data_size: int) -> None:
+        if self.lacks_ipv6:
+            if listener.family == socket.AF_INET6:
+                raise MilterError(_NO_IPV6_LISTENER)
+            log.warning(_NO_IPV6_CLIENTS)
         lib.milter_register(name.encode("utf-8", "surrogateescape"))
-        lib.smfi_settimeout(timeout)
+        lib.milter_set_timeout(timeout)
+        lib.milter_lead_by(1 if gil_is_on() else os.cpu_count() or 1)
         lib.smfi_setdbg(debug)
         lib.milter_set_max_data_size(max_data_size)
-        with Placeholder(listener.family, _directory_of(listener)) as placeholder:
+        with Placeholder(*self._families(listener), fallback=_directory_of(listener)) as placeholder:
             for specification in placeholder.specifications():
                 lib.smfi_setconn(specification.encode("ascii"))
                 if lib.smfi_opensocket(False) == 0:
@@ -184,18 +212,29 @@ class Libmilter:
             else:  # pragma: no cover (twenty random ports are not all in use)
                 raise MilterError("libmilter could not open a socket; the system's log (facility mail) tells why")
             self._descriptor = placeholder.find()
-        lib.milter_io_expect(listener.family)
+            lib.milter_io_expect(placeholder.family)
         self._take_log()  # not before: that a port was in use is nobody's concern
         self._put(listener)
         self.ended, self._end = os.pipe()
         children.hide(self.ended)
         _require_descriptors()
+        require_threads(_OWN_THREADS)
         error = lib.milter_serve(self._end)
         if error != 0:  # pragma: no cover (threads do not run out in tests)
             raise MilterError(f"no thread for libmilter: {os.strerror(error)}")
         wait_for_signal_thread()
         self._family = listener.family
         self._process = os.getpid()
+
+    def _families(self, listener: socket.socket) -> tuple[int, ...]:
+        """Of the sockets that libmilter may open in the place of `listener`, the best one first.
+
+        Redirected, it takes connections of any family for those of its own. So it needs no IPv6 for an IPv6 listener,
+        which it may have been built without, or for which there may be no ::1.
+        """
+        if self.redirected and listener.family != socket.AF_UNIX:
+            return (socket.AF_INET, socket.AF_INET6)
+        return (listener.family,)
 
     def _take_log(self) -> None:
         if self.redirected and self._log is None:

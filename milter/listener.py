@@ -26,6 +26,7 @@ from typing import Any
 from milter.descriptors import duplicate, sockets
 from milter.errors import SocketError
 from milter.safe_log import SafeLog
+from milter.scarcity import plain_errors
 
 __all__ = ["Listener", "connect", "open_listener", "parse"]
 
@@ -241,6 +242,7 @@ class SharedListener(Listener):
         self.socket.close()
 
 
+@plain_errors()
 def open_listener(
     specification: str | None,
     *,

@@ -2,7 +2,7 @@
 """From libmilter's log lines to Python's logging, through a pipe.
 
 libmilter writes a line wherever it is, on threads that must not wait for Python. So the line goes into a
-pipe (shim/io.c), and a thread here logs it. If the pipe is full, the line goes to the system's log instead.
+pipe (shim/redirect.c), and a thread here logs it. If the pipe is full, the line goes to the system's log instead.
 """
 
 import logging
@@ -12,7 +12,9 @@ import threading
 from collections import deque
 
 from milter import children
+from milter.errors import MilterError
 from milter.safe_log import SafeLog
+from milter.scarcity import start_thread
 
 log = SafeLog("milter.libmilter")
 
@@ -38,10 +40,16 @@ class LogPipe:
 
     def __init__(self) -> None:
         self._reader, self.writer = os.pipe()
-        children.hide(self._reader)
+        hidden = children.hide(self._reader)
         os.set_blocking(self.writer, False)
         self._drained: deque[threading.Event] = deque()
-        threading.Thread(target=self._read, name="milter: libmilter's log", daemon=True).start()
+        try:
+            start_thread(self._read, "milter: libmilter's log")
+        except MilterError:
+            children.show(hidden)
+            os.close(self._reader)
+            os.close(self.writer)
+            raise
 
     def drain(self) -> None:
         """Wait until all lines that are in the pipe now are logged."""

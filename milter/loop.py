@@ -37,7 +37,9 @@ from milter import children
 from milter.blocking import BlockingCalls
 from milter.context import Scope
 from milter.coroutines import MtaGone, NoEventLoop, discard, is_coroutine_function
+from milter.errors import MilterError
 from milter.safe_log import SafeLog
+from milter.scarcity import start_thread
 from milter.stalls import StallWatch
 
 __all__ = ["EventLoop"]
@@ -45,6 +47,7 @@ __all__ = ["EventLoop"]
 log = SafeLog("milter")
 
 _GRACE = 1.0  # seconds that a coroutine gets to end once it was cancelled
+_WAY_BACK = 1.0  # seconds that the threads of libmilter get to go on, once they were answered without the coroutine
 _LAST_WAIT = 5.0  # seconds that background tasks of the filter get to end
 _LOOK = 1.0  # seconds between two looks whether the MTA still waits
 
@@ -108,16 +111,24 @@ class EventLoop(NoEventLoop):
         self._timeout = math.inf if timeout is None else timeout
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self._loop = self._runner.get_loop()
-        self._loop.set_default_executor(BlockingCalls())
+        self._blocking = BlockingCalls()
+        self._loop.set_default_executor(self._blocking)
         self._ending = False
         # Under the lock:
         self._lock = threading.Lock()
         self._jobs: set[_Job] = set()
         self._closed = False
         self._drained = False
-        self._thread = threading.Thread(target=self._serve, name="milter event loop", daemon=True)
-        self._thread.start()
-        self._stalls = StallWatch(self._loop, self._thread)
+        try:
+            self._thread = start_thread(self._serve, "milter event loop")
+        except MilterError:
+            self._loop.close()
+            raise
+        try:
+            self._stalls = StallWatch(self._loop, self._thread)
+        except MilterError:
+            self._end_thread()
+            raise
 
     # ---- By the thread that starts and stops the server
 
@@ -140,19 +151,21 @@ class EventLoop(NoEventLoop):
         `wait` waits for the end of all calls of handlers, at most so many milliseconds, and tells how many are left.
         Those of a coroutine that does not end by being cancelled are answered without it.
         """
-        milliseconds = int(_GRACE * 1000)
         jobs = self._drain()
         for job in jobs:
             self._post(self._cancel, job, "the filter stops")
-        if not jobs or wait(milliseconds) == 0:
+        if not jobs or wait(int(_GRACE * 1000)) == 0:
             return wait(0) == 0
         for job in jobs:
             self._settle(job, _cancelled("the filter stops, and the handler does not end by being cancelled"))
-        return wait(milliseconds) == 0
+        return wait(int(_WAY_BACK * 1000)) == 0
 
     def stop(self) -> None:
         """Cancel what still runs, the filter's own background tasks, and end the loop."""
         self._stalls.stop()
+        self._end_thread()
+
+    def _end_thread(self) -> None:
         self._ending = True
         self._post(self._loop.stop)
         self._thread.join(_LAST_WAIT)
@@ -290,7 +303,10 @@ class EventLoop(NoEventLoop):
         for job in self._drain():
             self._settle(job, _cancelled("the event loop has ended"))
         self._loop.set_task_factory(None)  # the end needs tasks, too, and the filter's own factory may fail
-        self._runner.close()
+        try:
+            self._runner.close()
+        except RuntimeError:  # asyncio waits for the calls in threads in one more thread: there may be none
+            self._blocking.shutdown()
 
     # ---- In a forked child
 

@@ -19,7 +19,7 @@ from email.message import EmailMessage
 from typing import overload
 
 from milter import checks
-from milter.addresses import Address
+from milter.addresses import Address, Mailboxes
 from milter.content import Content, Editable, MemoryContent, memory_file, spooled_file
 from milter.headers import Headers
 from milter.parsed import parse
@@ -267,7 +267,7 @@ class Recipients(Editable, Sequence[Address]):
     Recipients(['bob@mta.example', 'archive@mta.example'])
     """
 
-    __slots__ = ("_added", "_known", "_mailboxes", "_now", "_received", "_removed")
+    __slots__ = ("_added", "_gone", "_known", "_mailboxes", "_now", "_received", "_removed")
 
     def __init__(self, received: Sequence[Address], frozen: bool) -> None:
         """By a Message. No part of a message refers to it: a cycle would keep it in memory for a while."""
@@ -276,9 +276,10 @@ class Recipients(Editable, Sequence[Address]):
         self._known: dict[str, list[Address]] | None = None
         self._now: Sequence[Address] | None = None  # None after an edit
         self._removed: set[str] = set()
+        self._gone = 0  # so many of the received ones are among the removed
         self._added: dict[str, Address] = {}
-        self._mailboxes: dict[str, list[Address]] | None = None
-        """The recipients that there are, by their canonical text; made when somebody looks for one."""
+        self._mailboxes: Mailboxes | None = None
+        """The recipients that there are; made when somebody looks for one."""
 
     def add(self, address: str, params: str | None = None) -> None:
         """Add a recipient (``smfi_addrcpt``, with parameters ``smfi_addrcpt_par``).
@@ -303,10 +304,11 @@ class Recipients(Editable, Sequence[Address]):
         received = self._received_as(new) if new in self._removed else []
         if len(received) == 1 and list(received[0].params.raw) == parameters:
             self._removed.remove(new)
-            self._found()[new.canonical] = list(received)
+            self._gone -= 1
+            self._found().add(received[0])
         else:
             self._added[new] = new
-            self._found()[new.canonical] = [new]
+            self._found().add(new)
 
     def remove(self, address: str) -> None:
         """Remove a recipient (``smfi_delrcpt``); ``ValueError`` if there is none of this address.
@@ -314,16 +316,15 @@ class Recipients(Editable, Sequence[Address]):
         One that the client gave twice is removed altogether.
         """
         self._require_open()
-        reading = Address(address)
-        same = self._found().get(reading.canonical, [])
-        if not same:
-            raise ValueError(f"{address!r} is not among the recipients: {list(map(str, self[:20]))!r}")
+        taken = self._found().take(address)
+        if not taken:
+            named = list(map(str, self._received[:20]))
+            raise ValueError(f"{address!r} is not among the recipients; the client has named {named!r}")
         self._now = None
-        gone = [known for known in same if known == reading] or same
-        for known in gone:
-            self._added.pop(known, None)
-            self._removed.add(known)
-        self._found()[reading.canonical] = [known for known in same if known != reading] if gone is not same else []
+        for known in taken:
+            if self._added.pop(known, None) is None:
+                self._removed.add(known)
+                self._gone += 1
 
     def discard(self, address: str) -> None:
         """Remove a recipient if it is there."""
@@ -339,7 +340,7 @@ class Recipients(Editable, Sequence[Address]):
         return self._current()[index]
 
     def __len__(self) -> int:
-        return len(self._current())
+        return len(self._received) - self._gone + len(self._added)
 
     def __iter__(self) -> Iterator[Address]:
         return iter(self._current())
@@ -347,13 +348,11 @@ class Recipients(Editable, Sequence[Address]):
     def __contains__(self, address: object) -> bool:
         if not isinstance(address, str):
             return False
-        return bool(self._found().get(Address(address).canonical))
+        return address in self._found()
 
-    def _found(self) -> dict[str, list[Address]]:
+    def _found(self) -> Mailboxes:
         if self._mailboxes is None:
-            self._mailboxes = {}
-            for known in self._received:
-                self._mailboxes.setdefault(known.canonical, []).append(known)
+            self._mailboxes = Mailboxes(self._received)
         return self._mailboxes
 
     def __eq__(self, other: object) -> bool:

@@ -35,7 +35,6 @@ import signal
 import socket
 import struct
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -47,6 +46,7 @@ from milter.errors import MilterError, SocketError
 from milter.printable import printable
 from milter.protocol import Stage
 from milter.safe_log import SafeLog
+from milter.scarcity import start_thread
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -219,7 +219,7 @@ def directory() -> Iterator[Directory]:
     from prometheus_client import exposition, multiprocess, values  # noqa: F401
 
     before = os.environ.get(_VARIABLE), values.ValueClass
-    path = Path(tempfile.mkdtemp(prefix="milter-metrics-"))
+    path = _new_directory()
     os.environ[_VARIABLE] = str(path)
     # The package chose its way of counting when it was imported, which may have been before this.
     values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
@@ -233,6 +233,16 @@ def directory() -> Iterator[Directory]:
             variable, values.ValueClass = before
             os.environ.pop(_VARIABLE) if variable is None else os.environ.update({_VARIABLE: variable})
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _new_directory() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="milter-metrics-"))
+    except OSError as failure:
+        raise MilterError(
+            "the metrics of several processes need a directory for temporary files: let TMPDIR name one that can be "
+            f"written ({failure.strerror})"
+        ) from None
 
 
 # ---- Answering -------------------------------------------------------------------------------
@@ -379,12 +389,13 @@ def _answer(listener: socket.socket, registry: _Registry, end: int) -> None:
 def _answering(listener: socket.socket, registry: _Registry) -> Iterator[None]:
     """A thread answers while this lasts."""
     reader, writer = os.pipe()
-    thread = threading.Thread(target=_answer, args=(listener, registry, reader), name="milter: metrics", daemon=True)
-    thread.start()
     try:
-        yield
+        thread = start_thread(_answer, "milter: metrics", listener, registry, reader)
+        try:
+            yield
+        finally:
+            os.write(writer, b"\n")  # to close it would not do: a child of this process may hold it open
+            thread.join()
     finally:
-        os.write(writer, b"\n")  # to close it would not do: a child of this process may hold it open
-        thread.join()
         os.close(reader)
         os.close(writer)

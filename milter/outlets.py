@@ -192,16 +192,19 @@ def _write_where_is_room(descriptor: int, data: memoryview) -> int:
 
 
 def patient_stream(stream: TextIO, name: str, lose: Callable[[OSError], None] | None = None) -> TextIO:
-    """A stream to the same descriptor, which escapes what cannot be encoded; `stream` itself if that has none."""
-    if isinstance(getattr(getattr(stream, "buffer", None), "raw", None), _Raw):
+    """A stream to the same descriptor, which escapes what cannot be encoded; `stream` itself if that has none.
+
+    It has no `io.BufferedWriter`, whose lock would be held while a loss is logged: another thread that logs to the same
+    stream may hold logging's own lock, and wait for that one.
+    """
+    if isinstance(getattr(stream, "buffer", None), _Raw):
         return stream
     try:
         descriptor = stream.fileno()
     except (AttributeError, OSError, ValueError):  # none at all, a test's own stream, a closed one
         return stream
-    raw = _Raw(descriptor, name, lose)
     return io.TextIOWrapper(
-        cast(Any, io.BufferedWriter(raw)),
+        cast(Any, _Raw(descriptor, name, lose)),
         encoding=stream.encoding or "utf-8",
         errors="backslashreplace",
         line_buffering=getattr(stream, "line_buffering", False),

@@ -49,8 +49,6 @@ class Plan:
     spool_size: int
     spool_directory: str
     sees_refused_recipients: bool
-    waits: bool
-    """Handlers are coroutines: many sessions wait for theirs at once."""
     shows_leading_space: bool
     """Handlers want the space after a header's colon, which the library may ask for by itself."""
     actions: Actions
@@ -92,7 +90,6 @@ def make_plan(app: Milter[Any, Any], *, followed: bool = False) -> Plan:
         spool_size=app.spool_size,
         spool_directory=spool.directory(app.spool_directory) if gathers else "",
         sees_refused_recipients=app.rejected_recipients and Stage.RCPT in handled,
-        waits=any(handler.asynchronous for handlers in app.handlers.values() for handler in handlers),
         shows_leading_space=app.leading_space,
         actions=app.actions & ~Actions.REQUEST_MACROS,
         requires=app.requires,

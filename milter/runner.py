@@ -15,7 +15,7 @@ from typing import Any, Unpack
 
 from milter import children, logs, metrics
 from milter.app import Milter
-from milter.descriptors import open_standard_streams
+from milter.descriptors import open_standard_streams, raise_limit
 from milter.ending import tell_threads
 from milter.errors import MilterError
 from milter.green import refuse_green_threads
@@ -39,6 +39,7 @@ log = SafeLog("milter")
 def run(app: Milter[Any, Any], socket: str | None, **given: Unpack[RunOptions]) -> None:
     """Serve until a signal or :meth:`Milter.stop <milter.Milter.stop>`; see :meth:`Milter.run <milter.Milter.run>`."""
     open_standard_streams()
+    raise_limit()
     refuse_green_threads()
     options = run_options(given)
     if threading.current_thread() is not threading.main_thread():
@@ -63,6 +64,7 @@ def run(app: Milter[Any, Any], socket: str | None, **given: Unpack[RunOptions]) 
 def run_by_name(name: str, socket: str | None, options: RunOptions) -> int:
     """Serve the filter of this name (``module:app``), with a supervisor in any case; returns the exit code."""
     open_standard_streams()
+    raise_limit()
     given = run_options(options)
     step_down()
     return _supervise(functools.partial(_load, Place(), name), name, socket, given)

@@ -34,6 +34,7 @@ from milter.listener import Listener, open_listener
 from milter.metrics import Exporter, open_exporter
 from milter.options import StartOptions, start_options
 from milter.safe_log import SafeLog, enable_loggers
+from milter.scarcity import plain_errors
 from milter.signals import Bell
 
 __all__ = ["Server"]
@@ -101,6 +102,7 @@ class Server:
             raise
         return self
 
+    @plain_errors()
     def _start(self) -> None:
         refuse_green_threads()
         enable_loggers()

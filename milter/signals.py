@@ -27,6 +27,7 @@ from typing import Any
 
 from milter import children
 from milter.safe_log import SafeLog
+from milter.scarcity import plain_errors
 
 log = SafeLog("milter")
 
@@ -45,6 +46,7 @@ class Bell:
     thread took the signal.
     """
 
+    @plain_errors()
     def __init__(
         self, asking: Collection[int] = (_ASKED, *_SIGNALS), insisting: Collection[int] = (_ASKED, *_SIGNALS)
     ) -> None:

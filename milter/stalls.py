@@ -18,6 +18,7 @@ import threading
 import traceback
 
 from milter.safe_log import SafeLog
+from milter.scarcity import start_thread
 
 __all__ = ["LONGEST", "StallWatch"]
 
@@ -38,8 +39,7 @@ class StallWatch:
         self._runs_in = runs_in
         self._moved = True
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="milter stalls", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._watch, "milter stalls")
 
     def stop(self) -> None:
         """Before the loop ends. A log that takes no line cannot keep it from that."""

@@ -25,15 +25,20 @@ _LONGEST_DIRECTORY = 100
 class Placeholder:
     """A socket that libmilter opens, on an address of our choice that nobody else uses."""
 
-    def __init__(self, family: int, fallback: Path | None = None) -> None:
-        """`fallback`: a directory for a Unix socket, where there is none for temporary files."""
-        self._family = family
+    def __init__(self, *families: int, fallback: Path | None = None) -> None:
+        """`families`: those that will do, the best one first: AF_UNIX alone, or others.
+
+        `fallback`: a directory for a Unix socket, where there is none for temporary files.
+        """
+        self._families = families
+        self.family = families[0]
+        """Of the socket that libmilter has opened."""
         self._fallback = fallback
         self._directory: Path | None = None
         self._address: tuple[str, int] | str = ""
 
     def __enter__(self) -> "Placeholder":
-        if self._family == socket.AF_UNIX:
+        if self.family == socket.AF_UNIX:
             self._directory = _private_directory(self._fallback)
         return self
 
@@ -51,8 +56,9 @@ class Placeholder:
             yield f"unix:{self._address}"
             return
         lowest, highest = _EPHEMERAL_PORTS
-        scheme, host = ("inet6", "::1") if self._family == socket.AF_INET6 else ("inet", "127.0.0.1")
-        for _ in range(_ATTEMPTS):
+        families = self._families * _ATTEMPTS
+        for self.family in families:
+            scheme, host = ("inet6", "::1") if self.family == socket.AF_INET6 else ("inet", "127.0.0.1")
             port = lowest + secrets.randbelow(highest - lowest)
             self._address = (host, port)
             yield f"{scheme}:{port}@{host}"
@@ -60,7 +66,7 @@ class Placeholder:
     def find(self) -> int:
         """The descriptor behind which libmilter's socket is."""
         for descriptor, candidate in sockets():
-            if _listens(candidate, self._family, self._address):
+            if _listens(candidate, self.family, self._address):
                 return descriptor
         raise MilterError("libmilter's listening socket was not found among the descriptors of this process")
 

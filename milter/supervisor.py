@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from milter import children, notify, signals
 from milter.listener import Listener
 from milter.safe_log import SafeLog
+from milter.scarcity import plain_errors
 
 __all__ = ["DONE", "DRAIN", "END", "FAILED", "READY", "STOP", "Supervisor"]
 
@@ -130,6 +131,7 @@ class Supervisor:
         name: of the filter, for the log.
     """
 
+    @plain_errors()
     def __init__(
         self,
         listener: Listener,

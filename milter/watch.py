@@ -27,6 +27,7 @@ from collections.abc import Callable
 
 from milter.context import Call
 from milter.protocol import Stage
+from milter.scarcity import start_thread
 
 __all__ = ["Watch"]
 
@@ -56,14 +57,15 @@ class Watch:
         self._shown: dict[Call, float] = {}
         """The thread's own: when progress was shown last, or infinity, if no more shall be."""
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="milter watch", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._thread.start()
+        self._thread = start_thread(self._run, "milter watch")
 
     def stop(self) -> None:
         self._stopped.set()
-        self._thread.join(_LAST_WAIT)
+        if self._thread is not None:
+            self._thread.join(_LAST_WAIT)
 
     def _run(self) -> None:
         due = time.monotonic()

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from milter.ending import end_process
 from milter.errors import HandlerError, MilterError
 from milter.safe_log import SafeLog
+from milter.scarcity import start_thread
 from milter.server import Server
 from milter.signals import Bell
 from milter.supervisor import DONE, DRAIN, END, EXIT_FAILED, EXIT_NOT_STARTED, FAILED, READY, STOP
@@ -30,7 +31,11 @@ def work(make: Callable[[Bell], Server], control: socket.socket, grace: float, l
 
     `let_end` is called when no other worker comes after this one, before it stops: the port is to be free then.
     """
-    worker = _Worker(control, grace, let_end)
+    try:
+        worker = _Worker(control, grace, let_end)
+    except MilterError as failure:
+        log.critical("%s", failure)
+        return EXIT_NOT_STARTED
     with worker.bell.rung_by_signals():
         try:
             return worker.serve(make)
@@ -50,8 +55,8 @@ class _Worker:
         """When the grace is over; a filter that did not start has none."""
 
     def serve(self, make: Callable[[Bell], Server]) -> int:
-        threading.Thread(target=self._listen, name="milter-control", daemon=True).start()
         try:
+            start_thread(self._listen, "milter: control")
             server = make(self.bell)
             server.start()
         except MilterError as failure:

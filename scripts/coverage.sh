@@ -15,7 +15,7 @@ CDPATH='' cd -- "$(dirname -- "$0")/.."
 . scripts/debian.sh
 
 LEAST=95
-TESTS="--ignore tests/test_stress.py --ignore tests/test_io_stress.py --ignore tests/test_typing.py
+TESTS="--ignore tests/test_stress.py --ignore tests/test_typing.py
     --ignore tests/test_benchmarks.py --ignore tests/test_leaks.py --ignore tests/test_build.py --ignore tests/fuzz"
 # Where no file may grow, the data cannot be written either.
 TESTS="$TESTS --deselect tests/miltertest/test_scenarios.py::test_full_disk[limit]"

@@ -9,8 +9,11 @@
 # Without it, that archive is fetched. KIND says how libmilter serves its connections:
 #
 #   KIND=pool    by a pool of workers, as Debian builds it [this]
-#   KIND=thread  by a thread for each of them
-#   KIND=select  the same, and it waits with select: what Sendmail's own build makes
+#   KIND=thread  by a thread for each of them, and without IPv6
+#   KIND=select  by a thread for each of them, and it waits with select
+#
+# Sendmail's own build makes threads, select, and no IPv6. With select, libmilter is not linked statically, and the
+# library cannot make up for IPv6; so that is missing where it can.
 #
 # Makes DIRECTORY/include/libmilter and DIRECTORY/lib with libmilter.a (of position-independent code), libmilter.so
 # and pkgconfig/milter.pc; and DIRECTORY/share with the archive, if it was one. With
@@ -81,9 +84,9 @@ check_licence() {
 # Print the options of the kind $1.
 options_of() {
     case $1 in
-    pool) echo "-DSM_CONF_POLL=1 -D_FFR_WORKERS_POOL=1" ;;
-    thread) echo "-DSM_CONF_POLL=1" ;;
-    select) echo "-DSM_CONF_POLL=0" ;;
+    pool) echo "-DSM_CONF_POLL=1 -D_FFR_WORKERS_POOL=1 -DNETINET6=1" ;;
+    thread) echo "-DSM_CONF_POLL=1 -DNETINET6=0" ;;
+    select) echo "-DSM_CONF_POLL=0 -DNETINET6=1" ;;
     *) die "KIND=$1 is unknown." "$USAGE" ;;
     esac
 }
@@ -93,7 +96,7 @@ compile() {
     # Word by word: options.
     # shellcheck disable=SC2086
     ${CC:-cc} -std=gnu17 -w -Werror=implicit-function-declaration $CFLAGS -fPIC -pthread $options \
-        -DNOT_SENDMAIL -Dsm_snprintf=snprintf -DNETINET6=1 -DNEEDSGETIPNODE=1 -DHAS_GETHOSTBYNAME2=1 -DHASSTRERROR=1 \
+        -DNOT_SENDMAIL -Dsm_snprintf=snprintf -DNEEDSGETIPNODE=1 -DHAS_GETHOSTBYNAME2=1 -DHASSTRERROR=1 \
         -DSOCKADDR_LEN_T=socklen_t -DSOCKOPT_LEN_T=socklen_t \
         -I"$work" -I"$source/include" -I"$source/sendmail" -I"$source/libmilter" -c "$1" -o "$2"
 }

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Fixtures for tests that run a filter on the real libmilter, in this process."""
 
+import contextlib
 import gc
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -98,3 +100,10 @@ def send_content(client: Client, body: bytes = b"text\r\n") -> EndOfMessage:
 def send_message(client: Client) -> EndOfMessage:
     begin_message(client)
     return send_content(client)
+
+
+def has_ipv6() -> bool:
+    with socket.socket(socket.AF_INET6) as probe, contextlib.suppress(OSError):
+        probe.bind(("::1", 0))
+        return True
+    return False

@@ -234,6 +234,52 @@ def test_refused_recipients_stand_in_the_line_of_their_message_with_their_answer
     )
 
 
+@pytest.mark.parametrize(("accepted", "refused"), [(0, 3), (100, 100), (101, 0), (150, 230)])
+def test_a_line_lists_a_hundred_recipients_and_tells_how_many_more_there_are(
+    serve: Serve, records: Records, lines: Callable[[], list[str]], accepted: int, refused: int
+) -> None:
+    app = Milter("test")
+
+    @app.on_rcpt
+    def refuse(ctx: Context, recipient: Address, params: object) -> Status | Reply:
+        return NO if recipient.local.startswith("no") else Status.CONTINUE
+
+    peer = serve(app, access_log=True)
+    client = peer.greeted()
+    client.mail("<ann@client.example>")
+    expected: dict[str, list[str]] = {}
+    for prefix, count in (("yes", accepted), ("no", refused)):
+        expected[prefix] = [f"{prefix}{number}@mta.example" for number in range(count)]
+        for name in expected[prefix]:
+            client.rcpt(f"<{name}>")
+    ended(peer, client)
+    (record,), (line,) = records(), lines()
+    assert record["recipients"] == expected["yes"][:100]
+    assert [entry["recipient"] for entry in record["refused"]] == expected["no"][:100]
+    more = {"more_recipients": accepted - 100, "more_refused": refused - 100}
+    for key, count in more.items():
+        assert record.get(key, 0) == max(count, 0)
+        assert (f" {key}={count} " in line) == (count > 0)
+    assert (record["verdict"], record["stage"]) == (("abort", "abort") if accepted else ("reject", "rcpt"))
+
+
+def test_handlers_that_raise_again_and_again_are_named_once(serve: Serve, records: Records) -> None:
+    app = Milter("test")
+
+    @app.on_rcpt
+    def fail(ctx: Context, recipient: Address, params: object) -> Status:
+        raise RuntimeError
+
+    peer = serve(app, access_log=True)
+    client = peer.greeted()
+    client.mail("<ann@client.example>")
+    for _ in range(3):
+        client.rcpt("<bob@mta.example>")
+    ended(peer, client)
+    (record,) = records()
+    assert record["failed"] == [fail.__qualname__]
+
+
 LATER = Reply(450, "4.7.1", "later")
 OF_LATER = {"code": 450, "enhanced": "4.7.1", "text": "later"}
 RAISES, ACCEPTS, DISCARDS = "raises", Status.ACCEPT, Status.DISCARD

@@ -115,7 +115,7 @@ def calls(*names: str) -> str:
     return "\n".join(lines)
 
 
-USUAL = ("accept", "close", "poll", "read", "writev")
+USUAL = ("accept", "close", "mi_rd_cmd", "mi_wr_cmd", "poll")
 
 
 def unsuitable(monkeypatch: pytest.MonkeyPatch, directory: Path) -> str:

@@ -272,17 +272,16 @@ import contextlib, os, sys, threading
 import milter.children
 from tests.filters.forking import code_of
 
-def write(stream, written):
-    stream.write("x" * 100000)  # more than the pipe takes
-    written.set()
+def read_on():
+    while True:
+        os.read(reader, 65536)
 
 reader, writer = os.pipe()
 number = int(sys.argv[1])
 os.dup2(writer, number)
 stream = open(number, "w", buffering=1 if number == 2 else -1)
 setattr(sys, ["stdin", "stdout", "stderr"][number], stream)
-written = threading.Event()
-thread = threading.Thread(target=write, args=(stream, written))
+thread = threading.Thread(target=stream.write, args=("x" * 100000,))  # more than the pipe takes
 thread.start()
 assert os.read(reader, 1000) == b"x" * 1000  # so it is at it
 child = os.fork()
@@ -300,10 +299,9 @@ if child == 0:
             seen += os.read(reader, 65536)
         os._exit(0)
 code = code_of(child)
-os.set_blocking(reader, False)
-while not written.wait(0.01):  # not by reading alone: the child may have read the last of it
-    with contextlib.suppress(BlockingIOError):
-        os.read(reader, 65536)
+os.set_blocking(reader, True)
+threading.Thread(target=read_on, daemon=True).start()  # until the other one has written all, and nothing comes any more
+thread.join()
 os._exit(code)
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What the library remembers of a conversation, and that nothing leaks from one message to the next."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,8 +122,8 @@ def test_bytes_that_are_no_utf_8_arrive_and_can_be_turned_back(serve: Serve) -> 
 
 def test_a_refused_recipient_is_not_among_the_recipients(serve: Serve) -> None:
     app = Milter("test")
-    before: list[tuple[Address, ...]] = []
-    at_end: list[tuple[Address, ...]] = []
+    before: list[Sequence[Address]] = []
+    at_end: list[Sequence[Address]] = []
 
     @app.on_rcpt
     def rcpt(ctx: Context, recipient: Address, params: Params) -> Status | Reply:
@@ -154,10 +154,43 @@ def test_the_null_sender_is_an_empty_address(serve: Serve) -> None:
     assert events[0][1].raw == "<>"
 
 
+def test_recipients_that_were_kept_do_not_change(serve: Serve) -> None:
+    app = Milter("test")
+    kept: list[Sequence[Address]] = []
+
+    @app.on_rcpt
+    def keep(ctx: Context, recipient: Address, params: object) -> Status:
+        kept.append(ctx.recipients)
+        return Status.CONTINUE
+
+    client = serve(app).greeted()
+    names = [f"{number}@mta.example" for number in range(4)]
+    for sender in ("ann", "eve"):
+        client.mail(f"<{sender}@client.example>")
+        for name in names:
+            client.rcpt(f"<{name}>")
+        client.abort()
+    assert [list(recipients) for recipients in kept] == [names[:number] for number in range(4)] * 2
+    three = kept[3]
+    assert (three[0], three[-1], three[1:], three[::-1]) == (names[0], names[2], (*names[1:3],), (*names[2::-1],))
+    assert names[2] in three
+    assert names[3] not in three
+    assert names[3] not in list(reversed(three))
+    assert three == tuple(names[:3]) == three
+    assert three == kept[7]
+    assert three != kept[2]
+    others: list[Any] = [(*names[:2], names[3]), [], "012", None]
+    assert not any(three == other for other in others)
+    assert {three} == {kept[7]} == {tuple(names[:3])}
+    assert repr(three) == repr(tuple(names[:3]))
+    with pytest.raises(IndexError):
+        three[3]
+
+
 def test_recipients_that_the_mta_itself_refuses_are_shown_but_not_remembered(serve: Serve) -> None:
     app = Milter("test", rejected_recipients=True)
     events = recorder(app, "rcpt")
-    at_end: list[tuple[Address, ...]] = []
+    at_end: list[Sequence[Address]] = []
     app.on_eom(lambda ctx: at_end.append(ctx.recipients))
     client = serve(app).greeted()
     client.mail("<ann>")
@@ -511,7 +544,7 @@ def test_the_close_after_quit_nc_is_told_once(serve: Serve) -> None:
 
 def test_many_recipients_that_no_handler_wants_are_remembered_all_the_same(serve: Serve) -> None:
     app = Milter("test")
-    seen: list[tuple[Address, ...]] = []
+    seen: list[Sequence[Address]] = []
     app.on_eom(lambda ctx: seen.append(ctx.recipients))
     client = serve(app).greeted()
     client.mail("<ann>")

@@ -65,10 +65,17 @@ def run_filter() -> Iterator[RunFilter]:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is waited for, before the library goes on without it, takes no time."""
-    monkeypatch.setattr(loop, "_GRACE", 0.01)
+def cancelled_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop does not wait for handlers that only end by being cancelled. Those that then end have time for it."""
     monkeypatch.setattr(server, "_LAST_WAIT", 0.01)
+    monkeypatch.setattr(loop, "_GRACE", LIMIT)
+    monkeypatch.setattr(loop, "_WAY_BACK", LIMIT)
+
+
+@pytest.fixture
+def left_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coroutine that does not end by being cancelled is not waited for."""
+    monkeypatch.setattr(loop, "_GRACE", 0.01)
 
 
 def greeted_at_end(client: Client) -> Client:
@@ -423,7 +430,7 @@ def test_a_verdict_after_the_cancellation_comes_too_late(serve: Serve) -> None:
     fail_until(begun, serve(app).greeted())
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("left_soon")
 def test_a_coroutine_that_does_not_end_is_left_to_itself(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     app = Milter("test", handler_timeout=0.01)
     begun, release = threading.Event(), asyncio.Event()
@@ -445,7 +452,7 @@ def test_a_coroutine_that_does_not_end_is_left_to_itself(serve: Serve, caplog: p
     assert "and did not end by that" in caplog.text
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("left_soon")
 def test_a_coroutine_that_blocks_the_loop_does_not_keep_its_message(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -596,7 +603,7 @@ def test_a_coroutine_under_way_is_finished_before_the_stop(run_filter: RunFilter
     assert process.stdout.lines == ["started", "at the end of a message", "stopped", "run() returned"]
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("cancelled_soon")
 def test_what_still_waits_at_the_stop_is_cancelled_and_answered(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     app = Milter("test")
     calls: list[str] = []
@@ -632,7 +639,7 @@ def test_what_still_waits_at_the_stop_is_cancelled_and_answered(serve: Serve, ca
     peer.server.engine._connections.clear()
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("cancelled_soon")
 def test_what_swallows_the_cancellation_at_the_stop_is_no_verdict(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -655,7 +662,7 @@ def test_what_swallows_the_cancellation_at_the_stop_is_no_verdict(
     peer.server.engine._connections.clear()
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("cancelled_soon", "left_soon")
 def test_what_does_not_end_at_the_stop_is_answered_without_it(
     serve: Serve, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

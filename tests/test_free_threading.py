@@ -12,10 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from milter import Context, Milter, Status, binding
 from milter._shim import ffi, lib
 from milter.gil import gil_is_on, python_version
-from milter.plan import make_plan
 
 free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
@@ -71,31 +69,6 @@ def test_the_version_tells_whether_the_gil_is_on(option: str, state: str) -> Non
 def test_a_python_without_free_threading_has_its_gil_on() -> None:
     assert gil_is_on()
     assert python_version() == "Python " + ".".join(map(str, sys.version_info[:3]))
-
-
-@pytest.mark.parametrize("gil", [True, False])
-def test_threads_take_turns_only_for_the_gil(monkeypatch: pytest.MonkeyPatch, gil: bool) -> None:
-    app = Milter("test")
-
-    @app.on_helo
-    def greet(ctx: Context, name: str) -> Status:
-        return Status.CONTINUE
-
-    monkeypatch.setattr(binding, "gil_is_on", lambda: gil)
-    struct, _ = binding._shim_plan(make_plan(app), 1)
-    assert bool(struct.straight) is not gil
-
-
-def test_coroutines_never_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    app = Milter("test")
-
-    @app.on_helo
-    async def greet(ctx: Context, name: str) -> Status:
-        return Status.CONTINUE
-
-    monkeypatch.setattr(binding, "gil_is_on", lambda: True)
-    struct, _ = binding._shim_plan(make_plan(app), 1)
-    assert struct.straight
 
 
 def test_what_comes_for_no_run_is_a_failure_without_a_word(caplog: pytest.LogCaptureFixture) -> None:

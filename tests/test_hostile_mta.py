@@ -187,6 +187,9 @@ ADDRESSES: list[tuple[bytes, ClientAddress]] = [
     (LOCAL + b"/run/client\0", UnixAddress("/run/client")),
     (LOCAL + b"x" * 107 + b"\0", UnixAddress("x" * 107)),
     (b"U\0\0\0", None),
+    (b"U\x9c\x402001:db8::5\0", None),
+    (INET6 + b"::1\0and more\0", InetAddress("::1", 40000)),
+    (INET6 + b"2001:db8::5", None),
     (b"U", None),
     # Of Postfix, where a proxy says that it does not know the client:
     (INET + b"unknown\0", None),

@@ -3,6 +3,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,6 +14,15 @@ from milter import descriptors
 from milter.errors import MilterError
 from milter.libmilter import Libmilter, libmilter
 from milter.standins import Placeholder
+from tests.conftest import has_ipv6
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+
+
+def run(code: str) -> str:
+    """What a process of its own prints, libmilter not having been started in it; standard error with it."""
+    command = [sys.executable, "-I", "-c", code]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize(
@@ -25,6 +36,7 @@ def test_the_way_of_linking_decides_where_libmilter_logs(
     monkeypatch: pytest.MonkeyPatch, redirected: tuple[str, ...], link: str, where: str
 ) -> None:
     monkeypatch.setattr(Libmilter, "redirected", redirected)
+    monkeypatch.setattr(Libmilter, "lacks_ipv6", False)
     assert (libmilter.link, libmilter.where_it_logs) == (link, where)
 
 
@@ -53,3 +65,70 @@ def test_a_socket_that_libmilter_did_not_open_is_not_found() -> None:
         next(placeholder.specifications())
         with pytest.raises(MilterError, match="listening socket was not found"):
             placeholder.find()
+
+
+def test_placeholders_of_several_families_are_tried_in_turn_until_libmilter_opens_one() -> None:
+    with Placeholder(socket.AF_INET, socket.AF_INET6) as placeholder:
+        families = [(each.split(":")[0], placeholder.family) for each in placeholder.specifications()]
+    assert families == [("inet", socket.AF_INET), ("inet6", socket.AF_INET6)] * (len(families) // 2)
+    assert len(families) > 20
+
+
+# ---- Without IPv6 ----------------------------------------------------------------------------
+
+TRY_IPV6 = """
+from milter._shim import lib
+lib.milter_register(b"test")
+lib.smfi_setconn(b"inet6:0@::1")
+print(bool(lib.milter_lacks_ipv6()), lib.smfi_opensocket(False) != 0)
+"""
+
+SERVE = """
+import logging, sys
+logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout)
+from milter import Milter
+from milter.errors import MilterError
+from milter.libmilter import Libmilter, libmilter
+from milter.server import Server
+from milter.testing import Client
+BEFORE
+try:
+    with Server(Milter("test"), "SOCKET").start() as server, Client.connect(server.socket) as client:
+        client.negotiate()
+        print("served, described as", libmilter.link)
+except MilterError as failure:
+    print(failure)
+"""
+
+
+def serve(where: str, before: str = "") -> list[str]:
+    return run(SERVE.replace("SOCKET", where).replace("BEFORE", before)).splitlines()
+
+
+@needs_ipv6
+def test_it_is_known_of_libmilter_if_it_was_built_without_ipv6() -> None:
+    lacks, refuses = run(TRY_IPV6).splitlines()[-1].split()
+    assert lacks == refuses
+
+
+@needs_ipv6
+@pytest.mark.skipif(libmilter.lacks_ipv6, reason="this libmilter has no IPv6")
+def test_an_ipv6_listener_is_served_by_the_static_libmilter_whatever_it_was_built_with() -> None:
+    assert serve("inet6:0@::1") == [f"served, described as {libmilter.link}"]
+
+
+WITHOUT = "Libmilter.redirected, Libmilter.lacks_ipv6 = (), True"
+
+
+def test_a_shared_libmilter_without_ipv6_is_told_of_at_the_start() -> None:
+    lines = serve("inet:0@127.0.0.1", WITHOUT)
+    assert len(lines) == 2
+    assert lines[0].startswith("WARNING this libmilter (the shared library) was built without IPv6: it closes the")
+    assert lines[1] == "served, described as shared, without IPv6"
+
+
+@needs_ipv6
+def test_a_shared_libmilter_without_ipv6_refuses_an_ipv6_listener_in_plain_words() -> None:
+    [line] = serve("inet6:0@::1", WITHOUT)
+    assert line.startswith("this libmilter (the shared library) was built without IPv6, and cannot listen on inet6:.")
+    assert "MILTER_LINK=static" in line

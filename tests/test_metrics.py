@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -284,6 +285,15 @@ def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monk
         Milter("test").start(f"unix:{tmp_path}/filter.sock", metrics="0")
     with pytest.raises(MilterError, match=r"pip install 'milter-cffi\[prometheus\]'"), metrics.directory():
         pass
+
+
+def test_without_a_directory_for_temporary_files_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dict(os.environ)
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    told = r"let TMPDIR name one that can be written \(No such file"
+    with pytest.raises(MilterError, match=told), metrics.directory():
+        pass
+    assert os.environ == before
 
 
 # ---- Several processes -----------------------------------------------------------------------

@@ -245,6 +245,26 @@ def test_a_full_pipe_takes_lines_again_once_it_is_read(pipe: tuple[int, io.TextI
     assert os.read(reader, 1 << 20).lstrip(b"x") == b"kept\n"
 
 
+def test_while_a_loss_is_told_others_can_use_the_stream(pipe: tuple[int, io.TextIOWrapper]) -> None:
+    """As logging does: one thread has its lock, and waits for the stream; the one that tells waits for that lock."""
+    _, stream = pipe
+    other_is_done = threading.Event()
+
+    def use_it() -> None:
+        patient.flush()
+        other_is_done.set()
+
+    def tell(failure: OSError) -> None:
+        threading.Thread(target=use_it, daemon=True).start()
+        assert other_is_done.wait(PATIENCE)
+
+    patient = patient_stream(stream, "it", tell)
+    fill(stream.fileno())
+    patient.write("lost\n")
+    patient.flush()
+    assert other_is_done.is_set()
+
+
 def test_a_line_that_was_cut_ends_before_the_next_one(pipe: tuple[int, io.TextIOWrapper]) -> None:
     reader, stream = pipe
     patient = patient_stream(stream, "it", lambda failure: None)

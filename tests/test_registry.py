@@ -86,14 +86,6 @@ def test_coroutine_functions_of_all_kinds_are_known_as_such(function: Any) -> No
     app.on_helo(function)
     app.on_helo(accept_anything)
     assert [handler.asynchronous for handler in app.handlers[Stage.HELO]] == [True, False]
-    assert make_plan(app).waits
-
-
-def test_a_plan_of_plain_functions_waits_for_nothing() -> None:
-    app = Milter("test")
-    app.on_start(Asynchronous().method)
-    app.on_helo(accept_anything)
-    assert not make_plan(app).waits
 
 
 @pytest.mark.parametrize("function", COROUTINE_FUNCTIONS)

@@ -18,7 +18,7 @@ import pytest
 from milter import EomContext, Milter, MilterError, SocketError, Status
 from milter.libmilter import libmilter
 from milter.testing import Client, PeerClosed, Verdict, WireError
-from tests.conftest import Serve, begin_message, send_content, send_message
+from tests.conftest import Serve, begin_message, has_ipv6, send_content, send_message
 from tests.filter_process import FilterProcess, RunFilter, running_filters
 from tests.links import waits_with_select
 
@@ -37,13 +37,6 @@ def greeted(process: FilterProcess) -> Client:
     client.connect_info()
     client.helo()
     return client
-
-
-def has_ipv6() -> bool:
-    with socket.socket(socket.AF_INET6) as probe, contextlib.suppress(OSError):
-        probe.bind(("::1", 0))
-        return True
-    return False
 
 
 # ---- Signals

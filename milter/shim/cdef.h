@@ -10,7 +10,6 @@ int smfi_setconn(char *connection);
 int smfi_opensocket(bool remove);
 int smfi_setbacklog(int backlog);
 int smfi_setdbg(int level);
-int smfi_settimeout(int seconds);
 int smfi_version(unsigned int *major, unsigned int *minor, unsigned int *patchlevel);
 #define SMFI_VERSION ...
 
@@ -39,7 +38,6 @@ struct milter_plan {
     int negotiates;
     int gathers;
     int leading_space;
-    int straight;
     size_t spool_size;
     const char *spool_directory;
     int *open_sessions;
@@ -114,11 +112,14 @@ void milter_let_newcomers_in(void);
 int milter_hide(int fd);
 void milter_show(int number);
 
-/* libmilter's I/O: see io.h. */
+/* libmilter's sessions, listener and log: see scheduler.h and redirect.h. */
+int milter_set_timeout(int seconds);
+void milter_lead_by(int threads);
 bool milter_io_wrapped(void);
 const char *milter_io_symbols(void);
 int milter_io_log_to(int fd);
 void milter_io_expect(int family);
+bool milter_lacks_ipv6(void);
 
 /* Python, as the shim sees it. */
 extern "Python+C" int milter_python_negotiate(struct milter_session *session, uint64_t token, uint64_t number,

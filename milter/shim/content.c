@@ -207,19 +207,23 @@ static bool reserve_memory(struct content *content, size_t size, const struct sp
     return true; /* it holds all that the limit allows */
 }
 
-/* Once something failed, this does nothing: the error stands for the whole content. */
+/*
+ * Once something failed, this does nothing: the error stands for the whole content. Without memory the content goes
+ * to the file at once; and when it is lost, its memory serves the others.
+ */
 void content_append(struct content *content, const void *bytes, size_t size, const struct spool *spool)
 {
     const size_t limit = content->file < 0 ? spool->size : FILE_BUFFER;
 
     if (content->error != 0)
         return;
-    if (size > limit || content->memory.size > limit - size)
-        content->error = spill(content, bytes, size, spool->directory);
-    else if (reserve_memory(content, size, spool))
+    if (size <= limit && content->memory.size <= limit - size && reserve_memory(content, size, spool)) {
         put(&content->memory, bytes, size);
-    else
-        content->error = ENOMEM;
+        return;
+    }
+    content->error = spill(content, bytes, size, spool->directory);
+    if (content->error != 0)
+        free_memory(content);
 }
 
 /* Before it is read: a content with a file lies in it completely. */

@@ -5,19 +5,19 @@
  *
  * The way of an event
  *
- *   1. A thread of libmilter calls one of the thirteen functions that
- *      milter_register registered, say on_header.
+ *   1. A packet has come. The scheduler's leader runs libmilter's engine for its session
+ *      (scheduler.c), which takes the packet (packets.c), and calls one of the thirteen
+ *      functions that milter_register registered, say on_header. Where libmilter is linked
+ *      as it is, its own thread does.
  *   2. The function appends a record to the session's log, and content that
  *      on_message wants to the gathered message (content.c). Nobody else touches
- *      either: libmilter serves a session on one thread at a time.
+ *      either: a session is served by one thread at a time.
  *   3. conclude() looks at the plan. Does no handler want this stage, or do its
  *      handlers only observe, the event waits in the log for a later call, and
  *      libmilter gets its answer here.
- *   4. Otherwise enter_python() passes the gate, gives the session a token, and
- *      takes its turn (turns.c): milter_python_enter is called with the whole log, by
- *      this thread, or by another one that is in Python anyway. This takes the GIL.
- *      Where handlers are coroutines, nobody takes turns: each thread waits for its own.
- *      Nor where there is no GIL: each thread runs its own.
+ *   4. Otherwise enter_python() passes the gate, gives the session a token, and calls
+ *      milter_python_enter with the whole log. This takes the GIL. While it lasts, another
+ *      thread may take the lead, and serve other sessions.
  *   5. Handlers act through the functions under "The session" in the header.
  *      Each takes the session's lock, and does nothing unless its token is the
  *      session's: the call that a context was made for is still going on.
@@ -57,12 +57,12 @@
  */
 #define _GNU_SOURCE
 
-#include "io.h"
 #include "milter_shim.h"
 
 #include "child.h"
 #include "content.h"
-#include "turns.h"
+#include "packets.h"
+#include "scheduler.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -129,7 +129,7 @@ struct milter_session {
     /* Only for the thread that serves the session: */
     struct milter_run *run;
     uint64_t number;
-    int descriptor;  /* for io.c; -1 when libmilter's I/O is not wrapped */
+    int descriptor;  /* for packets.c; -1 where libmilter's packets are not ours */
     bool in_message; /* between MAIL and the message's end */
     uint64_t message_began;
     bool known;      /* Python has heard of this session */
@@ -555,11 +555,10 @@ static int enter_python(struct milter_session *session, enum milter_stage stage,
         event.changes = changes;
         event.changes_capacity = sizeof changes;
         session->seen = session->in_message;
-        if (session->run->plan.straight)
-            milter_meet_python();
-        answer = session->run->plan.straight ? milter_back_from_python(milter_python_enter(&event))
-                                             : milter_take_turn(&event);
-        end_call(session);
+        milter_before_python();
+        answer = milter_back_from_python(milter_python_enter(&event));
+        end_call(session); /* it may wait, as Python may */
+        milter_after_python();
         sent = send_changes(session, &event, answer);
     }
     const bool client_lost = session->client_unread || session->client_deferred; /* and it does not come again */
@@ -766,11 +765,12 @@ static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsign
         const uint64_t token = begin_call(session, MILTER_STAGES);
         int answer = 0;
         if (token != 0) {
-            milter_meet_python();
+            milter_before_python();
             answer = milter_python_negotiate(session, token, session->number, plan->app, offered_actions,
                                              offered_steps, actions, steps);
             milter_back_from_python(answer);
             end_call(session);
+            milter_after_python();
         }
         if ((answer & MILTER_ANSWERED) == 0)
             return SMFIS_REJECT;
@@ -804,6 +804,7 @@ static sfsistat on_negotiate(SMFICTX *ctx, unsigned long offered_actions, unsign
 static sfsistat on_connect(SMFICTX *ctx, char *hostname, _SOCK_ADDR *address)
 {
     struct milter_session *session = smfi_getpriv(ctx);
+    struct sockaddr_in6 hidden;
 
     if (session == NULL && (session = resume(ctx)) != NULL)
         session->failure = SOUND;
@@ -811,6 +812,8 @@ static sfsistat on_connect(SMFICTX *ctx, char *hostname, _SOCK_ADDR *address)
         return HANG_UP;
     abort_message(session);
     session->client_unread = true;
+    if (address == NULL && milter_hidden_client(hostname, &hidden))
+        address = (_SOCK_ADDR *)&hidden;
     log_client(session, hostname, address);
     return conclude(session, MILTER_CONNECT, NULL, 0);
 }
@@ -931,7 +934,7 @@ static sfsistat on_eoh(SMFICTX *ctx)
  * A piece may come with the end of the message, though no known MTA sends that.
  * libmilter then sends any answer but "continue" twice, and does not tell of the
  * end. A message that was decided here is answered there, so it does no harm to
- * go on; where libmilter's I/O is not wrapped, nobody knows.
+ * go on; where libmilter's packets are not ours, that is not known.
  */
 static sfsistat on_body(SMFICTX *ctx, unsigned char *chunk, size_t size)
 {
@@ -1120,6 +1123,7 @@ int milter_serve(int wake_fd)
 size_t milter_set_max_data_size(size_t size)
 {
     atomic_store(&max_data_size, size);
+    milter_io_limit(size);
     return smfi_setmaxdatasize(size);
 }
 

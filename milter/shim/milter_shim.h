@@ -81,7 +81,6 @@ struct milter_plan {
     int negotiates;                    /* Python wants to see each negotiation */
     int gathers;                       /* whole messages are wanted at their end */
     int leading_space;                 /* handlers want the space after a header's colon */
-    int straight;                      /* events go into Python without a turn: see turns.c */
     size_t spool_size;                 /* bytes of a gathered message that stay in memory */
     const char *spool_directory;       /* for the file of a longer one */
     int *open_sessions;                /* where to count them besides, for somebody who looks on; or NULL */

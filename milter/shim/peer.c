@@ -2,15 +2,16 @@
 /*
  * Has the MTA closed its connection?
  *
- * The descriptor tells. io.c knows it where libmilter's I/O is wrapped. Elsewhere
+ * The descriptor tells. packets.c knows it where libmilter's packets are ours. Elsewhere
  * it is private to libmilter, and its place in libmilter's context is found by
  * asking: smfi_progress is given a context of our own, in which every word is the
  * descriptor of /dev/null but one, and shows whether it took that one by writing there.
  */
 #define _GNU_SOURCE
 
-#include "io.h"
 #include "milter_shim.h"
+#include "packets.h"
+#include "redirect.h"
 
 #include <fcntl.h>
 #include <poll.h>
@@ -63,7 +64,7 @@ void milter_find_descriptor(void)
 
 /*
  * Under the session's lock, while the session is in Python, so that the connection
- * is open on our side. `known`: its descriptor, if io.c knows it, or -1. Without waiting.
+ * is open on our side. `known`: its descriptor, if packets.c knows it, or -1. Without waiting.
  */
 bool milter_peer_gone(SMFICTX *ctx, int known)
 {
@@ -74,7 +75,7 @@ bool milter_peer_gone(SMFICTX *ctx, int known)
 #ifdef POLLRDHUP
     struct pollfd peer = {fd, POLLRDHUP, 0};
     const struct timespec at_once = {0, 0};
-    return ppoll(&peer, 1, &at_once, NULL) > 0; /* not poll, which io.c has for libmilter */
+    return ppoll(&peer, 1, &at_once, NULL) > 0; /* not poll, which packets.c has for libmilter */
 #else /* only once all that was sent has been read */
     char byte;
     return recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0;

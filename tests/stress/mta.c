@@ -15,38 +15,66 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-enum { PATIENCE = 60000 }; /* milliseconds until a missing answer counts as one */
+enum { PATIENCE = 20000 }; /* milliseconds until a missing answer counts as one */
 
 atomic_ulong messages, connections, passed, refused, cut, timeouts;
 atomic_int pausing;
 
-bool put(struct mta *m, char command, const void *data, size_t size)
+/* All packets until now. Some in two parts, also within a packet, and with time between them. */
+static bool send_out(struct mta *m)
 {
-    unsigned char *packet = __real_malloc(size + 5);
-    const uint32_t length = htonl((uint32_t)size + 1);
-    bool sent = true;
+    const size_t size = m->out.size;
+    const size_t part = size > 1 && chance(8) == 0 ? 1 + chance((unsigned)size - 1) : size;
 
-    memcpy(packet, &length, 4);
-    packet[4] = (unsigned char)command;
-    if (size > 0)
-        memcpy(packet + 5, data, size);
-    size += 5;
-    if (chance(3000) == 0) { /* the connection drops anywhere, also within a packet */
-        size = chance((unsigned)size);
-        m->ended = m->cut = true;
-        atomic_fetch_add(&cut, 1);
-    }
     for (size_t done = 0; done < size;) {
-        const ssize_t n = send(m->fd, packet + done, size - done, MSG_NOSIGNAL);
+        const ssize_t n = send(m->fd, m->out.at + done, (done < part ? part : size) - done, MSG_NOSIGNAL);
         if (n <= 0) {
-            sent = false;
             m->ended = true;
             break;
         }
         done += (size_t)n;
+        if (done == part && part < size && chance(2) == 0) {
+            tried(PARTS);
+            nap(chance(20) == 0 ? 30000 : chance(1000));
+        }
     }
-    __real_free(packet);
-    return sent && !m->ended;
+    empty(&m->out);
+    return !m->ended;
+}
+
+/* The packet is sent, or goes out with the next ones. */
+bool put(struct mta *m, char command, const void *data, size_t size)
+{
+    const uint32_t length = htonl((uint32_t)size + 1);
+    const size_t before = m->out.size;
+
+    add(&m->out, &length, 4);
+    add(&m->out, &command, 1);
+    add(&m->out, data, size);
+    if (chance(3000) == 0) { /* the connection drops anywhere, also within a packet */
+        m->out.size = before + chance((unsigned)size + 5);
+        send_out(m);
+        m->ended = m->cut = true;
+        atomic_fetch_add(&cut, 1);
+        if (chance(4) == 0) /* and is seen to be dropped only later */
+            nap(chance(50000));
+    }
+    if (!m->ended && m->out.size < PACKET && chance(3) == 0) {
+        tried(PIPELINES);
+        return true;
+    }
+    return send_out(m);
+}
+
+/* The client is done. */
+void hang_up(struct mta *m)
+{
+    if (!m->ended)
+        send_out(m);
+    close(m->fd);
+    discard(&m->out);
+    discard(&m->packet);
+    discard(&m->changes);
 }
 
 /* Reads `size` bytes. False: the connection is closed, or nothing comes. */
@@ -76,6 +104,8 @@ char get(struct mta *m)
     char head[5], instead;
     uint32_t length;
 
+    if (!m->ended)
+        send_out(m);
     if (!receive(m, head, sizeof head, &instead)) {
         m->ended = true;
         return instead;
@@ -150,8 +180,9 @@ static void note_body(struct mta *m, const char *piece, size_t size)
 /* The message is given up, or the connection about to be left; nothing that was sent got lost on the way. */
 static void note_end(struct mta *m)
 {
+    if (!m->ended)
+        send_out(m);
     struct transcript *t = transcript_of(m);
-
     t->finished = !m->ended;
     pthread_mutex_unlock(&t->lock);
 }
@@ -241,12 +272,43 @@ static bool faked(const struct mta *m, unsigned long silent)
     return silent != 0 && (runs[m->app].plan.steps & silent) != 0;
 }
 
+/*
+ * The answer is left unread for a while, or until others have got on: at the end of a message it may be more
+ * than the filter can write. One client at a time waits for others.
+ */
+static void read_late(struct mta *m)
+{
+    static atomic_flag taken = ATOMIC_FLAG_INIT;
+    const unsigned long before = atomic_load(&connections);
+    int patience = PATIENCE;
+
+    if (!send_out(m))
+        return;
+    tried(LATE_READS);
+    if (chance(2) == 0 || atomic_flag_test_and_set(&taken)) {
+        nap(chance(30000));
+        return;
+    }
+    const bool waits = may_wait_for_others();
+    while (waits && atomic_load(&connections) < before + 2 && patience > 0) {
+        nap(1000);
+        patience--;
+    }
+    if (patience == 0)
+        violation("nobody else is served while a client does not read");
+    if (waits)
+        waits_no_more();
+    atomic_flag_clear(&taken);
+}
+
 /* The changes before the answer; the answer's letter. */
 static char answer_of_stage(struct mta *m, char stage)
 {
     bool in_body = false, body_over = false;
 
     m->changes.size = 0;
+    if (chance(stage == 'E' ? 8 : 200) == 0)
+        read_late(m);
     for (;;) {
         const char letter = get(m);
         if (stage != 'E' || letter == CLOSED || letter == HANGS || strchr("+2-mhiqebp", letter) == NULL)
@@ -369,7 +431,7 @@ static enum outcome say_data(struct mta *m)
     note(m, "T", NULL);
     if (!put(m, 'T', NULL, 0))
         return OVER;
-    if (idle && chance(20) == 0)
+    if (idle && chance(20) == 0 && send_out(m))
         seconds(4); /* libmilter's controller closes the session in the middle of the message */
     struct pollfd closed = {m->fd, POLLIN, 0};
     if (idle && poll(&closed, 1, 0) == 1 && recv(m->fd, &byte, 1, MSG_PEEK) == 0)
@@ -567,7 +629,7 @@ static void garbage(struct mta *m)
     }
 }
 
-static bool goes_on(void)
+bool goes_on(void)
 {
     return !atomic_load(&stop_clients) && !atomic_load(&pause_clients);
 }
@@ -589,6 +651,44 @@ static void talk(struct mta *m)
             again = again && put(m, 'K', NULL, 0) && (nap(chance(2000)), greet(m));
         }
     }
+}
+
+static bool say_helo(struct mta *m)
+{
+    note(m, "H", "flood", NULL);
+    return put(m, 'H', "flood", 6);
+}
+
+/*
+ * Never pauses, until others have got on: there is always a command on its way. One client at a time,
+ * for of several each would wait for the others.
+ */
+static void flood(struct mta *m)
+{
+    enum { AHEAD = 300, MOST = 200000 };
+    static atomic_flag taken = ATOMIC_FLAG_INIT;
+    unsigned said = 0, answered = 0;
+
+    if (m->ended || atomic_flag_test_and_set(&taken))
+        return;
+    const unsigned long before = atomic_load(&connections);
+    const bool waits = may_wait_for_others();
+    while (waits && atomic_load(&connections) < before + 3 && said < MOST && !m->ended) {
+        if (!say_helo(m))
+            break;
+        said++;
+        if (said > answered + AHEAD)
+            for (unsigned i = 0; i < AHEAD / 2 && judge(m, SMFIP_NR_HELO, 'H') == ON; i++)
+                answered++;
+    }
+    while (answered < said && judge(m, SMFIP_NR_HELO, 'H') == ON)
+        answered++;
+    tried(FLOODS);
+    if (waits)
+        waits_no_more();
+    if (said == MOST)
+        violation("nobody else is served while a client never pauses");
+    atomic_flag_clear(&taken);
 }
 
 static void quit(struct mta *m)
@@ -632,15 +732,15 @@ void *client(void *argument)
             garbage(&m);
         else if (m.app != 0 && negotiate(&m) && atomic_load(&current_app) == m.app && greet(&m)) {
             talk(&m);
+            if (chance(10) == 0)
+                flood(&m);
             quit(&m);
         }
         if (m.ended) {
             withdraw_ends(message_transcripts, m.sent, m.sent_count);
             withdraw_ends(connection_transcripts, m.made, m.made_count);
         }
-        close(m.fd);
-        discard(&m.packet);
-        discard(&m.changes);
+        hang_up(&m);
     }
     return NULL;
 }

@@ -6,6 +6,9 @@
 #define _GNU_SOURCE
 #include "stress.h"
 
+#include "inside.h"
+#include "redirect.h"
+
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -104,6 +107,7 @@ struct conversation {
     int app;
     bool known, told;  /* it has objects of this connection; it was told that they can go */
     bool failed_at_end; /* it failed when it was told: so it is told again */
+    atomic_flag inside; /* a thread is */
     bool client, in_message, owes;
     bool lost;         /* where the log stands in the transcript of the message is not known any more */
     unsigned message, connection;
@@ -112,6 +116,7 @@ struct conversation {
     struct context *last;
 };
 static struct conversation conversations[CONVERSATIONS];
+static _Atomic pthread_t last_thread; /* that was entered by */
 
 static struct conversation *conversation_of(uint64_t number, int app)
 {
@@ -390,7 +395,7 @@ static struct bytes content_of(const struct run *run, const struct milter_event 
         tried(IN_MEMORY);
         return content;
     }
-    if (event->content != NULL || event->content_size <= run->plan.spool_size)
+    if (event->content != NULL || (event->content_size <= run->plan.spool_size && !with_faults)) /* no memory: a file */
         violation("a message of %zu bytes is in a file", event->content_size);
     if (fstat(event->content_file, &status) != 0 || status.st_nlink != 0 ||
         (fcntl(event->content_file, F_GETFD) & FD_CLOEXEC) == 0)
@@ -466,8 +471,9 @@ static void leave_address(char letter, struct bytes *changes, struct bytes *pack
 
 static void leave_body(struct bytes *changes, struct bytes *packets)
 {
-    const size_t size = chance(4) != 0 ? chance(200) : chance(3 * PACKET);
-    const char *body = pool + chance(POOL - 3 * PACKET);
+    /* The largest is more than the socket takes while the client does not read. */
+    const size_t size = chance(4) != 0 ? chance(200) : chance((chance(2) != 0 ? 3 : 12) * PACKET);
+    const char *body = pool + chance(POOL - 12 * PACKET);
     char digits[24];
     size_t done = 0;
 
@@ -573,7 +579,19 @@ static void enter_conversation(struct conversation *c, int app)
         violation("entered after the gate");
     if (c->told)
         violation("a connection is told of after its end");
+    if (atomic_flag_test_and_set(&c->inside))
+        violation("two threads are in one session");
     c->known = true;
+    if (!pthread_equal(atomic_exchange(&last_thread, pthread_self()), pthread_self()))
+        tried(OTHER_THREADS);
+}
+
+static int leave_conversation(struct conversation *c, int answer)
+{
+    if (c->app % 2 == 0 && chance(4) == 0)
+        forget_waiting();
+    atomic_flag_clear(&c->inside);
+    return answer;
 }
 
 int milter_python_negotiate(struct milter_session *session, uint64_t token, uint64_t number, int app,
@@ -581,14 +599,15 @@ int milter_python_negotiate(struct milter_session *session, uint64_t token, uint
                             unsigned long *steps)
 {
     (void)offered_steps, (void)steps;
-    enter_conversation(conversation_of(number, app), app);
+    struct conversation *c = conversation_of(number, app);
+    enter_conversation(c, app);
     if (chance(50) == 0 || (runs[app].plan.required & ~offered_actions) != 0)
-        return 0;
+        return leave_conversation(c, 0);
     if (chance(4) == 0)
         *actions &= ~(unsigned long)SMFIF_CHGBODY;
     if ((*actions & SMFIF_SETSYMLIST) != 0)
         milter_request_macros(session, token, SMFIM_ENVFROM, "i j");
-    return MILTER_ANSWERED;
+    return leave_conversation(c, MILTER_ANSWERED);
 }
 
 /* Why does the shim enter? Its reasons, from the plan and the last answer. */
@@ -762,6 +781,52 @@ static int answer_of(struct conversation *c, struct milter_event *event, const s
     return answer | verdict_of(c, event);
 }
 
+/* Until another session is served. One at a time: it must not be the last one that could be served. */
+static void meet_another(void)
+{
+    static atomic_flag taken = ATOMIC_FLAG_INIT;
+    int patience = 20000;
+
+    if (!milter_io_wrapped() || atomic_flag_test_and_set(&taken))
+        return;
+    if (!may_wait_for_others()) {
+        atomic_flag_clear(&taken);
+        return;
+    }
+    const unsigned long before = atomic_load(&entries);
+    while (atomic_load(&entries) == before && patience > 0) {
+        nap(1000);
+        patience--;
+    }
+    if (patience == 0)
+        violation("no other session is served while a handler waits");
+    else
+        tried(MEETINGS);
+    waits_no_more();
+    atomic_flag_clear(&taken);
+}
+
+/* Longer than the scheduler has patience: 5 ms with a thread that sleeps, 20 ms with one that computes. */
+static void keep_the_thread(const struct conversation *c)
+{
+    if (c->message < FIRST_NUMBER)
+        return;
+    switch (chance(500)) {
+    case 0:
+        tried(SLEEPS);
+        nap(6000 + chance(10000));
+        break;
+    case 1:
+        tried(COMPUTES);
+        compute(30000);
+        break;
+    case 2:
+    case 3:
+        meet_another();
+        break;
+    }
+}
+
 /* The call itself: 0 is a failure. */
 static int enter(struct conversation *c, struct milter_event *event, struct reading *r)
 {
@@ -786,8 +851,7 @@ static int enter(struct conversation *c, struct milter_event *event, struct read
             violation("a call that goes on is said to be over");
     if (chance(30) == 0)
         nap(chance(3000));
-    if (chance(500) == 0)
-        nap(6000 + chance(10000)); /* longer than others wait for it, see turns.c */
+    keep_the_thread(c);
     if (!quiet && chance(30) == 0)
         return fail(c, r);
 
@@ -836,9 +900,9 @@ int milter_python_enter(struct milter_event *event)
     if (chance(10) == 0 && atomic_load(&current_app) == event->app)
         take_ended(r.run->run);
     const int answer = enter(c, event, &r);
-    if (chance(2000) == 0)
+    if (chance(700) == 0)
         fork_child(event, answer);
-    return answer;
+    return leave_conversation(c, answer);
 }
 
 /* By the main thread, when no session is open and the gate is closed: everybody knows of every end. */

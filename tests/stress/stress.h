@@ -2,12 +2,14 @@
 /*
  * What the rooms of the stress program share: stress.c is the process and says what is
  * checked, mta.c the clients, standin.c the stand-in for Python, transcript.c what was sent,
- * faults.c memory and disks that run out, tools.c the rest.
+ * faults.c memory and disks that run out and system calls that fail, log.c the log,
+ * inside.c and leads.c what lies within the shim, tools.c the rest.
  */
 #ifndef STRESS_H
 #define STRESS_H
 
 #include "milter_shim.h"
+#include "tools.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -22,7 +24,7 @@ enum {
     REMEMBERED = 64,     /* messages and connections of one client */
     RUNS = 1 << 14,
     PACKET = 65535,
-    POOL = 1 << 18
+    POOL = 1 << 20
 };
 enum { FAILED = 1, ACCEPTED = 2, DISCARDED = 4, PASSED = 8, BLIND = 16 }; /* of a message */
 
@@ -43,6 +45,15 @@ enum way {
     ABORTED,
     PAUSES,
     FORKED,
+    PARTS,
+    PIPELINES,
+    LATE_READS,
+    FLOODS,
+    SLEEPS,
+    COMPUTES,
+    OTHER_THREADS,
+    MEETINGS,
+    RUN_OUT,
     WAYS
 };
 
@@ -101,6 +112,7 @@ struct mta {
     struct transcript *connection_log, *message_log;
     bool in_message;
     bool ended, cut;       /* closed by the filter, or by us in the middle of a packet */
+    struct bytes out;      /* packets that are not sent yet */
     struct bytes packet;   /* the last answer */
     struct bytes changes;  /* packets before a verdict */
     unsigned sent[REMEMBERED], made[REMEMBERED]; /* the messages and connections of this socket */
@@ -122,6 +134,7 @@ extern atomic_ulong seeds, faults, disk_faults;
 extern atomic_long kept; /* allocations of the shim that grow and go */
 extern atomic_long stay; /* sessions and runs */
 extern atomic_uchar fate[MESSAGES]; /* by the number of the message */
+extern atomic_bool started; /* libmilter is, so that system calls may fail */
 extern bool with_faults, idle, terminated; /* terminated: garbage ends with NUL, as libmilter takes for granted */
 extern char path[64];
 extern char pool[POOL]; /* bytes for bodies */
@@ -129,11 +142,11 @@ extern const unsigned long no_reply[MILTER_STAGES];
 extern struct transcript message_transcripts[CLIENTS * REMEMBERED], connection_transcripts[CLIENTS * REMEMBERED];
 
 /* tools.c */
-void violation(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void tried(enum way way);
-unsigned chance(unsigned n);
-void nap(unsigned microseconds);
-void seconds(double s);
+bool may_wait_for_others(void);
+void waits_no_more(void);
+void let_no_more_wait(void);
+void let_wait(void);
 void mark(unsigned message, unsigned char what);
 void add(struct bytes *bytes, const void *more, size_t size);
 void add_text(struct bytes *bytes, const char *text);
@@ -146,6 +159,7 @@ void *__real_malloc(size_t);
 void *__real_realloc(void *, size_t);
 void *__real_calloc(size_t, size_t);
 void __real_free(void *);
+int __real_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*start)(void *), void *argument);
 
 /* transcript.c */
 enum milter_mode mode_of(const struct run *run, char letter);
@@ -160,7 +174,12 @@ int take_ended(struct milter_run *run);
 void *late(void *unused);
 void check_ends(int app);
 
+/* log.c */
+void check_log(void);
+
 /* mta.c */
+bool goes_on(void);
+void hang_up(struct mta *m);
 int call_filter(void);
 bool negotiate(struct mta *m);
 bool put(struct mta *m, char command, const void *data, size_t size);

@@ -28,6 +28,41 @@ void tried(enum way way)
     atomic_fetch_add(&ways[way], 1);
 }
 
+/* ---- Those who wait until others have got on: a handler, or a client ---------------------- */
+
+static atomic_int waiting; /* for others */
+static atomic_bool may_wait;
+
+/* If so, waits_no_more() follows. */
+bool may_wait_for_others(void)
+{
+    atomic_fetch_add(&waiting, 1);
+    if (atomic_load(&may_wait))
+        return true;
+    atomic_fetch_sub(&waiting, 1);
+    return false;
+}
+
+void waits_no_more(void)
+{
+    atomic_fetch_sub(&waiting, 1);
+}
+
+/* By the main thread, before it has the clients pause, or ends a run: else that would end the waits, too. */
+void let_no_more_wait(void)
+{
+    atomic_store(&may_wait, false);
+    while (atomic_load(&waiting) > 0)
+        nap(1000);
+}
+
+void let_wait(void)
+{
+    atomic_store(&may_wait, true);
+}
+
+/* ---- Chance and time ------------------------------------------------------------------------ */
+
 static _Thread_local uint64_t random_state;
 
 unsigned chance(unsigned n) /* 0 ... n-1 */
@@ -44,6 +79,23 @@ void nap(unsigned microseconds)
 {
     const struct timespec pause = {0, microseconds * 1000L};
     nanosleep(&pause, NULL);
+}
+
+static long microseconds_now(void)
+{
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000 + time.tv_nsec / 1000;
+}
+
+/* Keeps a processor busy. */
+void compute(unsigned microseconds)
+{
+    const long end = microseconds_now() + microseconds;
+
+    while (microseconds_now() < end)
+        continue;
 }
 
 /* Until then, or until enough has gone wrong. */
