@@ -29,6 +29,8 @@ SOURCES = (
     *("milter_shim.c", "content.c", "changes.c", "macro_guard.c", "connect_guard.c", "peer.c"),
     *("packets.c", "scheduler.c", "redirect.c", "child.c"),
 )
+# The shared library's calls are redirected by the dynamic linker. Where they are not, the extension finds it out.
+SHARED_MACROS = [("MILTER_REDIRECT", "1")] if sys.platform == "linux" else []
 INTERFACES = ("milter_shim", "child", "packets", "redirect", "scheduler")
 
 MISSING_PKG_CONFIG = """\
@@ -90,7 +92,7 @@ def builder() -> FFI:
         f"/* {archive or 'shared'} */\n" + "".join(f'#include "{name}.h"\n' for name in INTERFACES),
         sources=[str(SHIM / name) for name in SOURCES],
         depends=[str(SHIM / path.name) for path in sorted((HERE / SHIM).glob("*.h"))] + objects,
-        define_macros=archive.macros if archive else [],
+        define_macros=archive.macros if archive else SHARED_MACROS,
         include_dirs=[str(SHIM), *directories(flags, "-I")],
         library_dirs=directories(flags, "-L"),
         libraries=[flag[2:] for flag in flags if flag.startswith("-l") and not (archive and flag == "-lmilter")],
@@ -183,7 +185,8 @@ class Archive:
     def macros(self) -> list[tuple[str, str | None]]:
         """redirect.c shows by these names that the linker used them."""
         return [
-            ("MILTER_IO_WRAPPED", "1"),
+            ("MILTER_REDIRECT", "1"),
+            ("MILTER_STATIC", "1"),
             ("MILTER_IO_SYMBOLS", " ".join(f"X({name})" for name in self.symbols)),
         ]
 
@@ -205,6 +208,8 @@ def chosen_archive(flags: list[str]) -> Archive | None:
 
 
 def suitable_archive(flags: list[str]) -> Archive:
+    if sys.platform != "linux":
+        raise Unsuitable("what would serve it needs epoll")
     path = find_archive(flags)
     calls = undefined_symbols(path)
     around = sorted(calls & UNSERVED)

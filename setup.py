@@ -28,7 +28,7 @@ class CheckedBuild(build_ext):
     def run(self) -> None:
         super().run()
         for extension in self.extensions:
-            if ("MILTER_IO_WRAPPED", "1") in extension.define_macros:
+            if ("MILTER_STATIC", "1") in extension.define_macros:
                 path = self.get_ext_fullpath(extension.name)
                 if subprocess.run([sys.executable, "-c", LOOK, path], check=False, capture_output=True).returncode == 3:
                     raise SystemExit(NOT_REDIRECTED)

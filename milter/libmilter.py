@@ -86,7 +86,7 @@ class Libmilter:
 
     @property
     def redirected(self) -> tuple[str, ...]:
-        """The system calls of libmilter that the linker has redirected to this library; none: it is linked as it is."""
+        """The calls of libmilter that come to this library instead; none: it makes them as everywhere."""
         if not lib.milter_io_wrapped():
             return ()
         return tuple(ffi.string(lib.milter_io_symbols()).decode("ascii").split())
@@ -95,7 +95,7 @@ class Libmilter:
     def link(self) -> str:
         """How it is linked, for people."""
         if self.redirected:
-            return f"static, I/O wrapped: {' '.join(self.redirected)}"
+            return f"{'static' if lib.MILTER_STATIC else 'shared'}, I/O wrapped: {' '.join(self.redirected)}"
         return "shared, without IPv6" if self.lacks_ipv6 else "shared"
 
     @property
