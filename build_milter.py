@@ -5,9 +5,8 @@ libmilter is found through pkg-config, by the name ``milter``: first where
 ``PKG_CONFIG_PATH`` and the system say, then by the ``milter.pc`` beside this file.
 
 Where there is a static ``libmilter.a`` that can be a part of the extension, it is linked, and the linker
-redirects some of its calls to milter/shim (redirect.c, packets.c, scheduler.c); else the shared library is,
-and does its own. The two behave the same, and differ in speed. ``MILTER_LINK=static`` or ``shared`` says
-which it must be.
+redirects some of its calls to milter/shim (redirect.c, packets.c, scheduler.c); else the shared library is, whose
+calls the dynamic linker redirects. ``MILTER_LINK=static`` or ``shared`` says which it must be.
 
 ``MILTER_STRICT=1`` turns the compiler's warnings into errors.
 """
@@ -54,7 +53,7 @@ STATIC_IMPOSSIBLE = """\
 milter: MILTER_LINK=static, but libmilter cannot be linked statically with its system calls redirected: {reason}.
 It needs a libmilter.a of position-independent code (Debian, Ubuntu: libmilter-dev), and a linker that knows --wrap.
 """
-SHARED_INSTEAD = "milter: linking the shared libmilter, whose system calls stay as they are: {reason}"
+SHARED_INSTEAD = "milter: linking the shared libmilter: {reason}"
 
 # What packets.c, scheduler.c and redirect.c put in the place of libmilter's calls.
 WRAPPERS = ("accept", "close", "mi_rd_cmd", "mi_wr_cmd", "poll", "syslog")

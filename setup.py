@@ -18,7 +18,7 @@ sys.exit(0 if module.lib.milter_io_wrapped() else 3)
 """
 NOT_REDIRECTED = """\
 milter: libmilter was linked statically, but the linker did not redirect all of its system calls.
-Build with MILTER_LINK=shared, which is slower and otherwise the same.
+Build with MILTER_LINK=shared, which does the same in another way.
 """
 
 

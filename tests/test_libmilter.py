@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from milter import descriptors
+from milter._shim import lib
 from milter.errors import MilterError
 from milter.libmilter import Libmilter, libmilter
 from milter.standins import Placeholder
 from tests.conftest import has_ipv6
+
+BUILD = "static" if lib.MILTER_STATIC else "shared"
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
 
@@ -28,7 +31,7 @@ def run(code: str) -> str:
 @pytest.mark.parametrize(
     ("redirected", "link", "where"),
     [
-        (("accept", "close"), "static, I/O wrapped: accept close", "the logger milter.libmilter"),
+        (("accept", "close"), f"{BUILD}, I/O wrapped: accept close", "the logger milter.libmilter"),
         ((), "shared", "the system's log (facility mail)"),
     ],
 )

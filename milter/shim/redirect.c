@@ -234,14 +234,14 @@ int (*real_mi_wr_cmd)(int sd, struct timeval *timeout, int command, char *data, 
 int (*real_mi_pool_controller_init)(void);
 int (*real_mi_start_session)(SMFICTX *ctx);
 
-#define CALL(name) {#name, (void *)ours_##name, (void **)&real_##name, false}
+#define CALL(name) {#name, (void **)&real_##name, false}
 static struct {
     const char *name;
-    void *ours, **real;
+    void **real;
     bool arrives; /* libmilter makes this call, and it comes here */
 } calls[] = {
-    CALL(accept),    CALL(close),     CALL(poll),      CALL(__poll_chk),
-    CALL(syslog),    CALL(__syslog_chk), CALL(mi_rd_cmd), CALL(mi_wr_cmd),
+    CALL(accept),         CALL(close),     CALL(poll),      CALL(__poll_chk),
+    CALL(syslog),         CALL(__syslog_chk), CALL(mi_rd_cmd), CALL(mi_wr_cmd),
     CALL(mi_pool_controller_init), CALL(mi_start_session),
 };
 enum { CALLS = sizeof calls / sizeof *calls };
@@ -292,6 +292,14 @@ static const void *address_of(const struct place *place, ElfW(Sxword) tag)
     return (const void *)(address < place->base ? place->base + address : address);
 }
 
+/* Does this function lie in this extension? Its name alone may lead elsewhere. */
+static bool is_here(const void *function)
+{
+    Dl_info its, own;
+
+    return dladdr(function, &its) != 0 && dladdr(&wrapped, &own) != 0 && its.dli_fbase == own.dli_fbase;
+}
+
 /* Where do these references of libmilter lead? False: one of them that should come here does not. */
 static bool look_at(const struct place *place, ElfW(Sxword) table, ElfW(Addr) size)
 {
@@ -305,7 +313,7 @@ static bool look_at(const struct place *place, ElfW(Sxword) table, ElfW(Addr) si
             if (strcmp(name, calls[j].name) != 0)
                 continue;
             calls[j].arrives = true;
-            if (*(void **)(place->base + references[i].r_offset) != calls[j].ours)
+            if (!is_here(*(void **)(place->base + references[i].r_offset)))
                 return false;
         }
     }
