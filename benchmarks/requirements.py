@@ -55,6 +55,17 @@ def _rate_to_best(scenario: str, contender: str, others: tuple[str, ...]) -> Fig
     return figure
 
 
+def _more_switches(scenario: str, contender: str, other: str) -> Figure:
+    """How much more often its threads leave a processor, for each message."""
+
+    def figure(scenarios: Scenarios) -> float | None:
+        ours, theirs = of(scenarios, scenario, contender), of(scenarios, scenario, other)
+        counted = [result.get("switches_per_message") if result else None for result in (ours, theirs)]
+        return None if counted[0] is None or counted[1] is None else float(counted[0] - counted[1])
+
+    return figure
+
+
 def _median(scenario: str, contender: str, name: str) -> Figure:
     def figure(scenarios: Scenarios) -> float | None:
         result = of(scenarios, scenario, contender)
@@ -122,6 +133,13 @@ REQUIRED = [
         _rate_to_best("each-8", MESSAGE, PYMILTERS),
         "at least",
         5,
+    ),
+    *(
+        Requirement(f"{what}: context switches a message, more than C's", figure, "at most", 2)
+        for what, figure in (
+            ("on_message", _more_switches("each-8", MESSAGE, BASELINE)),
+            ("replying", _more_switches("each-8", "milter-replying", "c-replying")),
+        )
     ),
     Requirement("on_message, TCP to Unix socket: median time of a message", _delay(MESSAGE), "at most", 2),
     Requirement(
