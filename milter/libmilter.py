@@ -49,6 +49,11 @@ _NO_IPV6_CLIENTS = _NO_IPV6.format(
 log = SafeLog("milter")
 
 
+def _processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Libmilter:
     """It listens on a descriptor of its own making, behind which this class puts other sockets: the
     listener of the filter that runs, or between two runs one that nobody can reach.
@@ -201,7 +206,7 @@ class Libmilter:
             log.warning(_NO_IPV6_CLIENTS)
         lib.milter_register(name.encode("utf-8", "surrogateescape"))
         lib.milter_set_timeout(timeout)
-        lib.milter_lead_by(1 if gil_is_on() else os.cpu_count() or 1)
+        lib.milter_lead_by(1 if gil_is_on() else _processors())
         lib.smfi_setdbg(debug)
         lib.milter_set_max_data_size(max_data_size)
         with Placeholder(*self._families(listener), fallback=_directory_of(listener)) as placeholder:
