@@ -5,9 +5,8 @@ libmilter is found through pkg-config, by the name ``milter``: first where
 ``PKG_CONFIG_PATH`` and the system say, then by the ``milter.pc`` beside this file.
 
 Where there is a static ``libmilter.a`` that can be a part of the extension, it is linked, and the linker
-redirects some of its calls to milter/shim (redirect.c, packets.c, scheduler.c); else the shared library is,
-and does its own. The two behave the same, and differ in speed. ``MILTER_LINK=static`` or ``shared`` says
-which it must be.
+redirects some of its calls to milter/shim (redirect.c, packets.c, scheduler.c); else the shared library is, whose
+calls the dynamic linker redirects. ``MILTER_LINK=static`` or ``shared`` says which it must be.
 
 ``MILTER_STRICT=1`` turns the compiler's warnings into errors.
 """
@@ -29,6 +28,8 @@ SOURCES = (
     *("milter_shim.c", "content.c", "changes.c", "macro_guard.c", "connect_guard.c", "peer.c"),
     *("packets.c", "scheduler.c", "redirect.c", "child.c"),
 )
+# The shared library's calls are redirected by the dynamic linker. Where they are not, the extension finds it out.
+SHARED_MACROS = [("MILTER_REDIRECT", "1")] if sys.platform == "linux" else []
 INTERFACES = ("milter_shim", "child", "packets", "redirect", "scheduler")
 
 MISSING_PKG_CONFIG = """\
@@ -52,7 +53,7 @@ STATIC_IMPOSSIBLE = """\
 milter: MILTER_LINK=static, but libmilter cannot be linked statically with its system calls redirected: {reason}.
 It needs a libmilter.a of position-independent code (Debian, Ubuntu: libmilter-dev), and a linker that knows --wrap.
 """
-SHARED_INSTEAD = "milter: linking the shared libmilter, whose system calls stay as they are: {reason}"
+SHARED_INSTEAD = "milter: linking the shared libmilter: {reason}"
 
 # What packets.c, scheduler.c and redirect.c put in the place of libmilter's calls.
 WRAPPERS = ("accept", "close", "mi_rd_cmd", "mi_wr_cmd", "poll", "syslog")
@@ -90,7 +91,7 @@ def builder() -> FFI:
         f"/* {archive or 'shared'} */\n" + "".join(f'#include "{name}.h"\n' for name in INTERFACES),
         sources=[str(SHIM / name) for name in SOURCES],
         depends=[str(SHIM / path.name) for path in sorted((HERE / SHIM).glob("*.h"))] + objects,
-        define_macros=archive.macros if archive else [],
+        define_macros=archive.macros if archive else SHARED_MACROS,
         include_dirs=[str(SHIM), *directories(flags, "-I")],
         library_dirs=directories(flags, "-L"),
         libraries=[flag[2:] for flag in flags if flag.startswith("-l") and not (archive and flag == "-lmilter")],
@@ -183,7 +184,8 @@ class Archive:
     def macros(self) -> list[tuple[str, str | None]]:
         """redirect.c shows by these names that the linker used them."""
         return [
-            ("MILTER_IO_WRAPPED", "1"),
+            ("MILTER_REDIRECT", "1"),
+            ("MILTER_STATIC", "1"),
             ("MILTER_IO_SYMBOLS", " ".join(f"X({name})" for name in self.symbols)),
         ]
 
@@ -205,6 +207,8 @@ def chosen_archive(flags: list[str]) -> Archive | None:
 
 
 def suitable_archive(flags: list[str]) -> Archive:
+    if sys.platform != "linux":
+        raise Unsuitable("what would serve it needs epoll")
     path = find_archive(flags)
     calls = undefined_symbols(path)
     around = sorted(calls & UNSERVED)

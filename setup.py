@@ -18,7 +18,7 @@ sys.exit(0 if module.lib.milter_io_wrapped() else 3)
 """
 NOT_REDIRECTED = """\
 milter: libmilter was linked statically, but the linker did not redirect all of its system calls.
-Build with MILTER_LINK=shared, which is slower and otherwise the same.
+Build with MILTER_LINK=shared, which does the same in another way.
 """
 
 
@@ -28,7 +28,7 @@ class CheckedBuild(build_ext):
     def run(self) -> None:
         super().run()
         for extension in self.extensions:
-            if ("MILTER_IO_WRAPPED", "1") in extension.define_macros:
+            if ("MILTER_STATIC", "1") in extension.define_macros:
                 path = self.get_ext_fullpath(extension.name)
                 if subprocess.run([sys.executable, "-c", LOOK, path], check=False, capture_output=True).returncode == 3:
                     raise SystemExit(NOT_REDIRECTED)

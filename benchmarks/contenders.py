@@ -70,6 +70,7 @@ CONTENDERS = [
     Contender("milter-observing", "milter, header and body observed", _milter("milter_observing")),
     Contender("milter-replying", "milter, replying", _milter("milter_replying")),
     Contender("milter-replying-each", "milter, replying to each field", _milter("milter_replying", "each")),
+    Contender("milter-replying-shared", "milter, replying, shared library", _milter("milter_replying", link="shared")),
     Contender("indymilter", "indymilter (Rust), no reply", _rust, optional=True),
     Contender("pymilter-noreply", "pymilter, no reply", _pymilter("noreply"), optional=True),
     Contender("pymilter-observing", "pymilter, header and body no reply", _pymilter("observing"), optional=True),

@@ -53,6 +53,7 @@ class Post:
     settings: Settings
     rounds: list[Round] = field(default_factory=list)
     wrong: str | None = None
+    messages: int = 0
 
     def play(self) -> None:
         """One round; none any more once an answer was wrong."""
@@ -74,18 +75,23 @@ class Post:
         if scenario.body is not None:
             options["body"] = scenario.body
         options = {"connections": scenario.connections, "per_connection": scenario.per_connection, **options}
-        return checked(self.generator.run(self.process.socket, **options))
+        told = self.generator.run(self.process.socket, **options)
+        self.messages += int(told["messages"])
+        return checked(told)
 
     def result(self) -> Result:
+        """Ends the filter."""
         if self.wrong is not None:
             return {"wrong": self.wrong}
+        resident, peak = self.process.rss_kib(), self.process.peak_kib()
         numbers = [name for name, value in self.rounds[0].items() if isinstance(value, (int, float))]
         return {
             "median": {name: statistics.median(one[name] for one in self.rounds) for name in numbers},
             "cpu_us_per_message": _cpu_us_per_message(self.rounds),
             "rounds": self.rounds,
-            "rss_kib": self.process.rss_kib(),
-            "peak_rss_kib": self.process.peak_kib(),
+            "rss_kib": resident,
+            "peak_rss_kib": peak,
+            "switches_per_message": round(self.process.end() / self.messages, 1) if self.messages else None,
         }
 
 

@@ -33,6 +33,7 @@ class FilterProcess:
 
     def __init__(self, program: Program, transport: str, directory: Path, name: str) -> None:
         self.socket = f"unix:{directory / name}.sock" if transport == "unix" else f"inet:{_free_port()}@127.0.0.1"
+        self._switches = 0
         self._log: IO[bytes] = open(directory / f"{name}.log", "w+b")  # noqa: SIM115  (closed by end)
         self._process = subprocess.Popen(
             [*program.command, self.socket],
@@ -85,12 +86,19 @@ class FilterProcess:
     def _pids(self) -> Iterator[int]:
         return _family(self._process.pid)
 
-    def end(self) -> None:
-        """At once: libmilter takes up to five seconds to stop, and there is nothing to save."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+    def end(self) -> int:
+        """At once: libmilter takes up to five seconds to stop, and there is nothing to save.
+
+        Returns how often its threads, all that it ever had, have left a processor.
+        """
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            _, status, usage = os.wait4(self._process.pid, 0)
+            self._process.returncode = os.waitstatus_to_exitcode(status)
+            self._switches = usage.ru_nvcsw + usage.ru_nivcsw
         self._log.close()
+        return self._switches
 
     def __enter__(self) -> "FilterProcess":
         return self

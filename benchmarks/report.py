@@ -40,6 +40,10 @@ class Entry:
         used = self._result["cpu_us_per_message"]
         return NOTHING if used is None else f"{used:.0f}"
 
+    def switches(self) -> str:
+        counted = self._result.get("switches_per_message")
+        return NOTHING if counted is None else f"{counted:.1f}"
+
     def mebibytes(self, name: str) -> str:
         return f"{self._result[name] / 1024:.1f}"
 
@@ -57,6 +61,7 @@ Column = tuple[str, Callable[[Entry], str]]
 
 _COMMON: list[Column] = [
     ("CPU µs a message", Entry.cpu),
+    ("switches a message", Entry.switches),
     ("p50 µs", lambda entry: entry.median("p50_us", ".0f")),
     ("p99 µs", lambda entry: entry.median("p99_us", ".0f")),
     ("peak MiB", lambda entry: entry.mebibytes("peak_rss_kib")),

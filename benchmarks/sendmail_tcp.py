@@ -2,8 +2,9 @@
 """``python -m benchmarks.sendmail_tcp``: what a message costs in a real Sendmail that asks a filter over TCP.
 
 Sendmail sends the macros of a command and the command in two pieces. The second waits until the first is acknowledged,
-which a system delays by 40 ms unless it is told not to. The library linked statically tells it; the shared libmilter
-does not. Both are measured, over TCP and over a Unix socket, in turns. Needs root, and Sendmail as the tests have it.
+which a system delays by 40 ms unless it is told not to. The library tells it, where libmilter's calls are redirected.
+Both ways of linking are measured, over TCP and over a Unix socket, in turns. Needs root, and Sendmail as the tests
+have it.
 """
 
 import argparse

@@ -24,7 +24,6 @@ def substitutions(path: Path = RESULTS) -> dict[str, str]:
         "ratio_c_replying": _ratio(results, "each-8", "milter-message", "c-replying"),
         "ratio_pymilter": _ratio(results, "each-8", "milter-message", "pymilter-noreply"),
         "ratio_replying": _ratio(results, "each-8", "milter-message", "milter-replying"),
-        "ratio_shared": _ratio(results, "each-8", "milter-message", "milter-message-shared"),
         "ratio_long": _ratio(results, "long-4", "milter-message", BASELINE),
         "rates_each_8": _table(results, "each-8"),
         "rates_long_4": _table(results, "long-4"),

@@ -10,6 +10,7 @@
 ``app.run("inet:3000@localhost")`` then serves until the process is told to stop.
 """
 
+import milter._extension  # noqa: F401  (first of all: how it is loaded matters)
 from milter._version import VERSION as __version__
 from milter.addresses import Address
 from milter.app import Milter

@@ -49,6 +49,11 @@ _NO_IPV6_CLIENTS = _NO_IPV6.format(
 log = SafeLog("milter")
 
 
+def _processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Libmilter:
     """It listens on a descriptor of its own making, behind which this class puts other sockets: the
     listener of the filter that runs, or between two runs one that nobody can reach.
@@ -86,7 +91,7 @@ class Libmilter:
 
     @property
     def redirected(self) -> tuple[str, ...]:
-        """The system calls of libmilter that the linker has redirected to this library; none: it is linked as it is."""
+        """The calls of libmilter that come to this library instead; none: it makes them as everywhere."""
         if not lib.milter_io_wrapped():
             return ()
         return tuple(ffi.string(lib.milter_io_symbols()).decode("ascii").split())
@@ -95,7 +100,7 @@ class Libmilter:
     def link(self) -> str:
         """How it is linked, for people."""
         if self.redirected:
-            return f"static, I/O wrapped: {' '.join(self.redirected)}"
+            return f"{'static' if lib.MILTER_STATIC else 'shared'}, I/O wrapped: {' '.join(self.redirected)}"
         return "shared, without IPv6" if self.lacks_ipv6 else "shared"
 
     @property
@@ -201,7 +206,7 @@ class Libmilter:
             log.warning(_NO_IPV6_CLIENTS)
         lib.milter_register(name.encode("utf-8", "surrogateescape"))
         lib.milter_set_timeout(timeout)
-        lib.milter_lead_by(1 if gil_is_on() else os.cpu_count() or 1)
+        lib.milter_lead_by(1 if gil_is_on() else _processors())
         lib.smfi_setdbg(debug)
         lib.milter_set_max_data_size(max_data_size)
         with Placeholder(*self._families(listener), fallback=_directory_of(listener)) as placeholder:

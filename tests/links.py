@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The library linked in both ways, with libmilter's system calls redirected and with the shared libmilter.
+"""The library linked in both ways, with the static and with the shared libmilter.
 
 One of them is the library that is tested; the other one is built here, once for a run of the tests.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import milter
 from build_milter import undefined_symbols
+from milter._shim import lib
 from milter.libmilter import libmilter
 
 REPOSITORY = Path(__file__).parent.parent
@@ -32,7 +33,7 @@ def built_library(link: str, directory: Path) -> Path | None:
 
     ``static`` or ``shared``, as in ``MILTER_LINK``.
     """
-    if link == ("static" if libmilter.redirected else "shared"):
+    if link == ("static" if lib.MILTER_STATIC else "shared"):
         return TESTED.parent
     shutil.copytree(TESTED, directory / "milter", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     places = ["--build-lib", str(directory), "--build-temp", str(directory / "build")]

@@ -387,6 +387,7 @@ def test_the_results_have_all_that_the_report_needs(results: dict[str, Any]) -> 
         assert scenario["results"].keys() == {"c-nr", "c-replying"}
         for result in scenario["results"].values():
             assert result["peak_rss_kib"] >= result["rss_kib"] > 0
+            assert result["switches_per_message"] > 0
             assert len(result["rounds"]) == (1 if name in ("idle", "soak") else 2)
     rates = results["scenarios"]["each-8"]["results"]["c-nr"]["median"]
     assert rates.keys() >= {"per_second", "p50_us", "p99_us", "max_us", "load_share"}

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from milter import descriptors
+from milter._shim import lib
 from milter.errors import MilterError
 from milter.libmilter import Libmilter, libmilter
 from milter.standins import Placeholder
 from tests.conftest import has_ipv6
+
+BUILD = "static" if lib.MILTER_STATIC else "shared"
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
 
@@ -28,7 +31,7 @@ def run(code: str) -> str:
 @pytest.mark.parametrize(
     ("redirected", "link", "where"),
     [
-        (("accept", "close"), "static, I/O wrapped: accept close", "the logger milter.libmilter"),
+        (("accept", "close"), f"{BUILD}, I/O wrapped: accept close", "the logger milter.libmilter"),
         ((), "shared", "the system's log (facility mail)"),
     ],
 )
@@ -132,3 +135,62 @@ def test_a_shared_libmilter_without_ipv6_refuses_an_ipv6_listener_in_plain_words
     [line] = serve("inet6:0@::1", WITHOUT)
     assert line.startswith("this libmilter (the shared library) was built without IPv6, and cannot listen on inet6:.")
     assert "MILTER_LINK=static" in line
+
+
+# ---- A shared libmilter ----------------------------------------------------------------------
+
+SERVE_A_MESSAGE = """
+from milter import EomContext, Message, Milter
+from milter.libmilter import libmilter
+from milter.server import Server
+from milter.testing import Client
+
+app = Milter("test")
+
+@app.on_message
+def read(ctx: EomContext, message: Message) -> None:
+    message.headers["X-Size"] = str(len(message.body))
+
+with Server(app, "inet:0@127.0.0.1").start() as server, Client.connect(server.socket) as client:
+    client.negotiate()
+    client.connect_info()
+    client.helo()
+    for size in (1, 200_000):
+        client.mail("<ann@client.example>")
+        client.rcpt("<bob@mta.example>")
+        client.data()
+        client.header("Subject", "test")
+        client.eoh()
+        for start in range(0, size, 65_535):
+            client.body(b"x" * min(65_535, size - start))
+        end = client.end_of_message()
+        print(end.answer.verdict.name, *(event.value.strip() for event in end.events))
+print(libmilter.link)
+"""
+SERVED = ["CONTINUE 1", "CONTINUE 200000"]
+
+needs_shared = pytest.mark.skipif(
+    bool(lib.MILTER_STATIC) or not hasattr(os, "RTLD_DEEPBIND"), reason="a shared libmilter, and glibc"
+)
+
+
+@needs_shared
+def test_the_calls_of_a_shared_libmilter_arrive() -> None:
+    *served, link = run(SERVE_A_MESSAGE).splitlines()
+    assert served == SERVED
+    assert link.startswith("shared, I/O wrapped: accept close ")
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "before",
+    ["import os; del os.RTLD_DEEPBIND", "import ctypes; ctypes.CDLL('libmilter.so.1.0.1')"],
+    ids=["another C library", "loaded before"],
+)
+def test_where_the_calls_do_not_arrive_libmilter_serves_by_itself(before: str) -> None:
+    assert run(f"{before}\n{SERVE_A_MESSAGE}").splitlines() == [*SERVED, "shared"]
+
+
+def test_loading_the_extension_leaves_the_flags_as_they_were() -> None:
+    look = "import sys; before = sys.getdlopenflags(); import milter; print(sys.getdlopenflags() == before)"
+    assert run(look) == "True\n"

@@ -115,6 +115,7 @@ void milter_show(int number);
 /* libmilter's sessions, listener and log: see scheduler.h and redirect.h. */
 int milter_set_timeout(int seconds);
 void milter_lead_by(int threads);
+#define MILTER_STATIC ...
 bool milter_io_wrapped(void);
 const char *milter_io_symbols(void);
 int milter_io_log_to(int fd);

@@ -3,8 +3,8 @@
  * Whole packets for libmilter.
  *
  * libmilter reads a packet with five system calls, and writes each answer at once.
- * Where its static archive is linked, the linker redirects its calls of mi_rd_cmd,
- * mi_wr_cmd, poll and close to the functions __wrap_* at the end of this file.
+ * Where its calls are redirected (redirect.h), those of mi_rd_cmd, mi_wr_cmd, poll and
+ * close come to the functions ours_* at the end of this file.
  * A connection has an entry in a table by its descriptor, and while it is busy a
  * block of memory: one recv takes all that has arrived into the block, and what
  * belongs to a packet that has begun straight into that packet's memory, which
@@ -46,18 +46,15 @@
 #include "redirect.h"
 #include "scheduler.h"
 
-#if MILTER_IO_WRAPPED
+#if MILTER_REDIRECT
 
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
-#include <sys/time.h>
 #include <sys/uio.h>
 #include <syslog.h>
 #include <unistd.h>
@@ -94,9 +91,6 @@ static _Thread_local struct {
     const char *end;
 } last_read = {-1, 0, NULL};
 
-int __real_close(int fd);
-int __real_poll(struct pollfd *fds, nfds_t count, int timeout);
-int __real_mi_wr_cmd(int sd, struct timeval *timeout, int command, char *data, size_t size);
 
 /* ---- Entries and blocks ------------------------------------------------------------------ */
 
@@ -265,7 +259,7 @@ static bool send_all(struct connection *connection, int fd, struct iovec *parts)
         struct pollfd writable = {fd, POLLOUT, 0};
 
         milter_hand_over();
-        if (__real_poll(&writable, 1, connection->timeout) == 0)
+        if (real_poll(&writable, 1, connection->timeout) == 0)
             connection->error = ETIMEDOUT;
     }
     return connection->error == 0;
@@ -461,7 +455,7 @@ static char wait_for_packet(struct connection *connection, int fd)
         give_block_back(connection);
         if (connection->tcp)
             set_option(fd, TCP_QUICKACK);
-        if (connection->error == 0 && __real_poll(&readable, 1, connection->timeout) == 0)
+        if (connection->error == 0 && real_poll(&readable, 1, connection->timeout) == 0)
             return TIMED_OUT;
     }
     if (connection->stage == WHOLE || connection->failure != 0)
@@ -533,14 +527,13 @@ static int milliseconds(const struct timeval *timeout)
 }
 
 /* The data is libmilter's, which frees it. An end and an error: NULL, and a letter that says which. */
-WRAP char *__wrap_mi_rd_cmd(int sd, struct timeval *timeout, char *command, size_t *size, char *name)
+char *ours_mi_rd_cmd(int sd, struct timeval *timeout, char *command, size_t *size, char *name)
 {
     struct connection *connection = milter_connection(sd);
 
+    if (connection == NULL)
+        return real_mi_rd_cmd(sd, timeout, command, size, name);
     *size = 0;
-    *command = READ_ERROR;
-    if (connection == NULL) /* a forked child, or no memory for an entry */
-        return NULL;
     connection->timeout = milliseconds(timeout);
     *command = wait_for_packet(connection, sd);
     if (*command == READ_ERROR)
@@ -566,12 +559,12 @@ WRAP char *__wrap_mi_rd_cmd(int sd, struct timeval *timeout, char *command, size
 }
 
 /* The data is the caller's. By the thread that serves the session, or one that acts on it. */
-WRAP int __wrap_mi_wr_cmd(int sd, struct timeval *timeout, int command, char *data, size_t size)
+int ours_mi_wr_cmd(int sd, struct timeval *timeout, int command, char *data, size_t size)
 {
     struct connection *connection = milter_connection(sd);
 
     if (connection == NULL)
-        return __real_mi_wr_cmd(sd, timeout, command, data, size);
+        return real_mi_wr_cmd(sd, timeout, command, data, size);
     if (size > atomic_load(&max_data_size) || (size > 0 && data == NULL))
         return MI_FAILURE;
     connection->timeout = milliseconds(timeout);
@@ -579,26 +572,26 @@ WRAP int __wrap_mi_wr_cmd(int sd, struct timeval *timeout, int command, char *da
 }
 
 /* libmilter's engine asks for one connection whether a command has come; its listener waits for the next one. */
-WRAP int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout)
+int ours_poll(struct pollfd *fds, nfds_t count, int timeout)
 {
     struct connection *connection = count == 1 ? milter_connection(fds->fd) : NULL;
 
     if (connection == NULL)
-        return __real_poll(fds, count, timeout);
+        return real_poll(fds, count, timeout);
     const bool here = next_is_here(connection, fds->fd);
     fds->revents = here ? POLLIN : 0;
     return here;
 }
 
-WRAP int __wrap___poll_chk(struct pollfd *fds, nfds_t count, int timeout, size_t size)
+int ours___poll_chk(struct pollfd *fds, nfds_t count, int timeout, size_t size)
 {
     if (size / sizeof *fds < count)
         abort();
-    return __wrap_poll(fds, count, timeout);
+    return ours_poll(fds, count, timeout);
 }
 
 /* The entry is left before the descriptor is, which may be another connection's at once. */
-WRAP int __wrap_close(int fd)
+int ours_close(int fd)
 {
     struct connection *connection = milter_connection(fd);
 
@@ -608,7 +601,7 @@ WRAP int __wrap_close(int fd)
         clear(connection);
         atomic_store(&connection->open, false);
     }
-    return __real_close(fd);
+    return real_close(fd);
 }
 
 #else /* libmilter is linked as it is */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-3.0-or-later */
 /*
  * What packets.c offers: to the shim, which knows sessions, and to the scheduler.
- * The first part is there also when libmilter is linked as it is (MILTER_IO_WRAPPED
+ * The first part is there also when libmilter is linked as it is (MILTER_REDIRECT
  * is 0), and does nothing then.
  */
 #ifndef MILTER_PACKETS_H
@@ -59,7 +59,7 @@ struct sockaddr_in6;
 bool milter_hidden_client(const char *hostname, struct sockaddr_in6 *client);
 bool milter_lacks_ipv6(void);
 
-#if MILTER_IO_WRAPPED
+#if MILTER_REDIRECT
 
 #include <stdatomic.h>
 #include <stdint.h>

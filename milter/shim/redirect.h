@@ -1,17 +1,59 @@
 /* SPDX-License-Identifier: GPL-3.0-or-later */
 /*
  * libmilter's listener and its log: see redirect.c. The functions are there also
- * when libmilter is linked as it is (MILTER_IO_WRAPPED is 0), and do nothing then.
+ * when libmilter is linked as it is (MILTER_REDIRECT is 0), and do nothing then.
  */
 #ifndef MILTER_REDIRECT_H
 #define MILTER_REDIRECT_H
 
 #include <stdbool.h>
 
-/* A function that the linker puts in the place of one that libmilter calls. */
-#define WRAP __attribute__((used, visibility("hidden")))
+#ifndef MILTER_REDIRECT
+#define MILTER_REDIRECT 0
+#endif
+#ifndef MILTER_STATIC
+#define MILTER_STATIC 0
+#endif
 
-/* Has the linker redirected libmilter's calls, all that the build names? */
+#if MILTER_REDIRECT
+
+#include <libmilter/mfapi.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+
+/*
+ * A function that libmilter calls by its name, and that is ours_… here, while real_…
+ * is the one of that name.
+ *
+ * A static libmilter's calls are redirected by the linker (--wrap). A shared one's are
+ * by the dynamic linker, which looks for the name in this extension first, and so
+ * finds ours: milter/_extension.py asks for that order.
+ */
+#if MILTER_STATIC
+#define MILTER_CALL(type, name, arguments)                                                                             \
+    type ours_##name arguments __asm__("__wrap_" #name) __attribute__((used, visibility("hidden")));                  \
+    type real_##name arguments __asm__("__real_" #name)
+#else
+#define MILTER_CALL(type, name, arguments)                                                                             \
+    type ours_##name arguments __asm__(#name) __attribute__((used));                                                  \
+    extern type(*real_##name) arguments
+#endif
+
+MILTER_CALL(int, accept, (int fd, struct sockaddr *address, socklen_t *size));
+MILTER_CALL(int, close, (int fd));
+MILTER_CALL(int, poll, (struct pollfd *fds, nfds_t count, int timeout));
+MILTER_CALL(int, __poll_chk, (struct pollfd *fds, nfds_t count, int timeout, size_t size));
+MILTER_CALL(void, syslog, (int priority, const char *format, ...)) __attribute__((format(printf, 2, 3)));
+MILTER_CALL(void, __syslog_chk, (int priority, int flag, const char *format, ...));
+MILTER_CALL(char *, mi_rd_cmd, (int sd, struct timeval *timeout, char *command, size_t *size, char *name));
+MILTER_CALL(int, mi_wr_cmd, (int sd, struct timeval *timeout, int command, char *data, size_t size));
+MILTER_CALL(int, mi_pool_controller_init, (void));
+MILTER_CALL(int, mi_start_session, (SMFICTX *ctx));
+
+#endif
+
+/* Do libmilter's calls arrive here, all that it makes? */
 bool milter_io_wrapped(void);
 
 /* Their names, each with a space after it. */

@@ -3,9 +3,9 @@
  * The scheduler: which thread serves which session.
  *
  * libmilter has a pool of workers, and its engine is a step: it serves all commands
- * of a session that are here, and returns. Where libmilter's static archive is linked,
- * the linker redirects its calls of mi_pool_controller_init and mi_start_session to
- * this file, so that its sessions are served by our threads instead:
+ * of a session that are here, and returns. Where its calls are redirected (redirect.h),
+ * those of mi_pool_controller_init and mi_start_session come to this file, so that its
+ * sessions are served by our threads instead:
  *
  *   The leader waits with epoll for all connections, and takes one step of libmilter's
  *   engine for each on which something has come. So one thread enters Python, which need not
@@ -24,7 +24,7 @@
  * A thread that leads, and is about to wait for a peer that does not read, hands over, too.
  *
  * (A libmilter with a thread for each connection starts no sessions here. Its threads go
- * straight into Python, and so they do where libmilter is linked as it is.)
+ * straight into Python, and so they do where its calls are not redirected.)
  *
  * The invariants
  *
@@ -53,11 +53,10 @@
 #include "packets.h"
 #include "redirect.h"
 
-#if MILTER_IO_WRAPPED
+#if MILTER_REDIRECT
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -65,7 +64,6 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/resource.h>
-#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <syslog.h>
 #include <time.h>
@@ -134,8 +132,6 @@ static int64_t next_sweep;
 static _Thread_local struct leader *self;
 /* Of libmilter's listener. */
 static _Thread_local struct connection *expected;
-
-int __real_poll(struct pollfd *fds, nfds_t count, int timeout);
 
 static int64_t now(void)
 {
@@ -354,7 +350,7 @@ static bool wait_for_news(struct epoll_event *event)
 
     self->waits++;
     if (count < 0 && errno != EINTR)
-        __real_poll(NULL, 0, PAUSE); /* somebody has closed the descriptor: there is nothing to do but to wait */
+        real_poll(NULL, 0, PAUSE); /* somebody has closed the descriptor: there is nothing to do but to wait */
     return count == 1;
 }
 
@@ -572,10 +568,14 @@ static void leave_news(void)
 }
 
 /* By libmilter's listener, before it accepts connections. */
-WRAP int __wrap_mi_pool_controller_init(void)
+int ours_mi_pool_controller_init(void)
 {
     pthread_condattr_t attributes;
 
+#if !MILTER_STATIC
+    if (!milter_io_wrapped())
+        return real_mi_pool_controller_init();
+#endif
     if (news >= 0)
         return MI_SUCCESS;
     news = epoll_create1(EPOLL_CLOEXEC);
@@ -595,11 +595,15 @@ WRAP int __wrap_mi_pool_controller_init(void)
 }
 
 /* By libmilter's listener. The context belongs to the session, and is freed at its end. */
-WRAP int __wrap_mi_start_session(SMFICTX *ctx)
+int ours_mi_start_session(SMFICTX *ctx)
 {
     struct connection *connection = expected;
     struct epoll_event event = {NEWS, {.ptr = connection}};
 
+#if !MILTER_STATIC
+    if (!milter_io_wrapped())
+        return real_mi_start_session(ctx);
+#endif
     if (connection == NULL) {
         milter_log(LOG_ERR, "a connection cannot be served: no memory, or too many descriptors");
         mi_clr_ctx(ctx);

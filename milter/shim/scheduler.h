@@ -21,7 +21,7 @@ void milter_lead_by(int threads);
 /* Before milter_serve: as smfi_settimeout. */
 int milter_set_timeout(int seconds);
 
-#if MILTER_IO_WRAPPED
+#if MILTER_REDIRECT
 
 struct connection;
 

@@ -11,7 +11,7 @@
 #include "inside.h"
 #include "tools.h"
 
-#if MILTER_IO_WRAPPED
+#if MILTER_REDIRECT
 
 enum { MOST_SERVED = 256 };
 

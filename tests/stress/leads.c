@@ -7,7 +7,7 @@
 
 #include "inside.h"
 
-#if MILTER_IO_WRAPPED
+#if MILTER_REDIRECT
 
 void forget_waiting(void)
 {
