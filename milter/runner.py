@@ -77,13 +77,13 @@ def _load(place: Place, name: str) -> Milter[Any, Any]:
 
 def _serve(app: Milter[Any, Any], listener: Listener, options: RunOptions) -> None:
     bell = Bell()
-    with bell.rung_by_signals():
+    with contextlib.ExitStack() as at_the_end, bell.rung_by_signals():
         server = Server(app, listener, bell, **those_of_start(options)).start()
+        at_the_end.callback(tell_threads)  # when another signal ends the process again, as that says
         try:
             server.wait()
         finally:
             server.stop()
-            tell_threads()
 
 
 @contextlib.contextmanager
