@@ -22,7 +22,7 @@ def finish(text):
     stopped.wait()
     for _ in range(3):
         os.sched_yield()
-    sys.stdout.write(text + "\n")  # at once; print may be interrupted before the end of the line
+    sys.stdout.write(text + "\\n")  # at once; print may be interrupted before the end of the line
 
 @app.on_start
 def start():
