@@ -268,7 +268,7 @@ def free_port() -> int:
 
 
 BUSY_OUTPUT = """
-import contextlib, os, sys, threading
+import os, sys, threading
 import milter.children
 from tests.filters.forking import code_of
 

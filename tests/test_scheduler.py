@@ -21,7 +21,7 @@ from milter._shim import ffi, lib
 from milter.testing import Client, Verdict
 from milter.testing.client import PeerClosed
 from milter.testing.wire import Packet, join_strings
-from tests.conftest import Serve, begin_message, send_content, send_message
+from tests.conftest import Peer, Serve, begin_message, send_content, send_message
 from tests.filter_process import RunFilter, running_filters
 
 LIMIT = 30.0
@@ -55,6 +55,16 @@ class Progress:
         with self._changed:
             wanted = self._done + more
             return self._changed.wait_for(lambda: self._done >= wanted, LIMIT)
+
+
+def asks_at_the_end(peer: Peer, sender: str) -> Client:
+    """A client that has sent the end of a message, and waits for its answer."""
+    client = peer.greeted()
+    client.mail(sender)
+    client.rcpt("<bob@mta.example>")
+    client.data()
+    client.send(b"E")
+    return client
 
 
 def test_a_handler_that_waits_holds_nobody_up(serve: Serve) -> None:
@@ -172,11 +182,7 @@ def test_a_handler_that_computes_keeps_nobody_waiting(serve: Serve) -> None:
         return Status.CONTINUE
 
     peer = serve(app)
-    busy = peer.greeted()
-    busy.mail("<busy@client.example>")
-    busy.rcpt("<bob@mta.example>")
-    busy.data()
-    busy.send(b"E")
+    busy = asks_at_the_end(peer, "<busy@client.example>")
     assert computing.wait(LIMIT)
     with peer.client() as other:
         other.negotiate()
@@ -256,11 +262,7 @@ def test_an_action_that_waits_for_its_mta_keeps_nobody_else_waiting(serve: Serve
         left.set()
 
     peer = serve(app)
-    slow = peer.greeted()
-    slow.mail("<slow@client.example>")
-    slow.rcpt("<bob@mta.example>")
-    slow.data()
-    slow.send(b"E")
+    slow = asks_at_the_end(peer, "<slow@client.example>")
     assert left.wait(LIMIT)
     for _ in range(20):
         assert send_message(peer.greeted()).answer.verdict is Verdict.CONTINUE

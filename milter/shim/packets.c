@@ -133,7 +133,7 @@ static struct connection *make_entry(int fd)
     return entry(fd);
 }
 
-/* By whoever serves the session. False: no memory; it goes on without a block. */
+/* By the thread that serves the session. False: no memory; it goes on without a block. */
 static bool take_block(struct connection *connection)
 {
     if (connection->block != NULL)
@@ -153,7 +153,7 @@ static bool take_block(struct connection *connection)
     return block != NULL;
 }
 
-/* By whoever serves the session, when it is about to wait, or ends. */
+/* By the thread that serves the session, when it is about to wait, or ends. */
 static void give_block_back(struct connection *connection)
 {
     struct block *block = connection->block;
@@ -180,7 +180,7 @@ static void set_option(int fd, int option)
     (void)setsockopt(fd, IPPROTO_TCP, option, &on, sizeof on); /* without it: slower, not wrong */
 }
 
-/* By whoever serves the session, or finds the entry of one that is abandoned. */
+/* By the thread that serves the session, or finds the entry of one that is abandoned. */
 static void clear(struct connection *connection)
 {
     give_block_back(connection);
@@ -199,7 +199,7 @@ struct connection *milter_adopt(int fd, bool tcp)
         set_option(fd, TCP_NODELAY);
     if (connection == NULL)
         return NULL;
-    if (atomic_load(&connection->open)) { /* else whoever closed it has cleared it, before it said so there */
+    if (atomic_load(&connection->open)) { /* else it was cleared when it was closed, before that was said there */
         if (!milter_abandon(connection))
             return NULL;
         clear(connection);
@@ -233,8 +233,8 @@ static void skip(struct iovec *parts, size_t size)
 }
 
 /*
- * By whoever serves the session, without waiting. Writes as much of the parts as the peer takes, and moves them on.
- * True: all is written.
+ * By the thread that serves the session, without waiting. Writes as much of the parts as the peer takes, and moves
+ * them on. True: all is written.
  */
 static bool send_parts(struct connection *connection, int fd, struct iovec *parts)
 {
@@ -252,7 +252,7 @@ static bool send_parts(struct connection *connection, int fd, struct iovec *part
     return connection->error == 0;
 }
 
-/* By whoever serves the session. Writes the parts, and waits for a slow reader. False: error says why not. */
+/* By the thread that serves the session. Writes the parts, and waits for a slow reader. False: error says why not. */
 static bool send_all(struct connection *connection, int fd, struct iovec *parts)
 {
     while (!send_parts(connection, fd, parts) && connection->error == 0) {
@@ -275,7 +275,7 @@ static bool flush(struct connection *connection, int fd)
     return sent;
 }
 
-/* Without waiting; and by whoever closes it. */
+/* Without waiting; and by the thread that closes it. */
 static void push(struct connection *connection, int fd)
 {
     if (connection->block == NULL)
@@ -287,11 +287,12 @@ static void push(struct connection *connection, int fd)
         connection->output_begin = connection->output_end = 0;
 }
 
-/* By whoever serves the session, or acts on it. The data is the caller's. False: the session is over. */
+/* By the thread that serves the session, or acts on it. The data is the caller's. False: the session is over. */
 static bool put(struct connection *connection, int fd, char command, const char *data, size_t size)
 {
     const uint32_t length = (uint32_t)size + 1;
-    const char head[MILTER_HEAD] = {(char)(length >> 24), (char)(length >> 16), (char)(length >> 8), (char)length, command};
+    const char head[MILTER_HEAD] = {(char)(length >> 24), (char)(length >> 16), (char)(length >> 8), (char)length,
+                                    command};
     struct iovec parts[2] = {{(void *)(uintptr_t)head, MILTER_HEAD}, {(void *)(uintptr_t)data, size}};
 
     if (take_block(connection) && MILTER_HEAD + size > OUTPUT - connection->output_end && !flush(connection, fd))
@@ -362,9 +363,9 @@ static bool assemble(struct connection *connection)
 }
 
 /*
- * By whoever serves the session, when nothing is buffered: one recv into what is missing of the packet, its head
- * or its data, and behind that into the block, if there is memory for one. What it brings less than it may was
- * all there was, but for the end of the connection, which epoll has told of (scheduler.c).
+ * By the thread that serves the session, when nothing is buffered: one recv into what is missing of the packet, its
+ * head or its data, and behind that into the block, if there is memory for one. What it brings less than it may
+ * was all there was, but for the end of the connection, which epoll has told of (scheduler.c).
  */
 static void receive(struct connection *connection, int fd)
 {
@@ -537,7 +538,7 @@ char *ours_mi_rd_cmd(int sd, struct timeval *timeout, char *command, size_t *siz
     connection->timeout = milliseconds(timeout);
     *command = wait_for_packet(connection, sd);
     if (*command == READ_ERROR)
-        milter_log(LOG_ERR, "%s, mi_rd_cmd: read returned -1: %s", name, strerror(connection->error)); /* as libmilter */
+        milter_log(LOG_ERR, "%s, mi_rd_cmd: read returned -1: %s", name, strerror(connection->error));
     if (*command != 0)
         return NULL;
 

@@ -103,7 +103,7 @@ struct connection {
 /* Any thread. The connection of a descriptor; NULL for all others, and for all in a forked child. */
 struct connection *milter_connection(int fd);
 
-/* By libmilter's listener, which has just accepted it. NULL: no memory, too high a descriptor, or its number is in use. */
+/* By libmilter's listener, which has just accepted it. NULL: no memory, too high a descriptor, or one in use. */
 struct connection *milter_adopt(int fd, bool tcp);
 
 /* Any thread. Descriptors of connections are smaller than this. */

@@ -240,9 +240,9 @@ static struct {
     void **real;
     bool arrives; /* libmilter makes this call, and it comes here */
 } calls[] = {
-    CALL(accept),         CALL(close),     CALL(poll),      CALL(__poll_chk),
-    CALL(syslog),         CALL(__syslog_chk), CALL(mi_rd_cmd), CALL(mi_wr_cmd),
-    CALL(mi_pool_controller_init), CALL(mi_start_session),
+    CALL(accept),       CALL(close),     CALL(poll),      CALL(__poll_chk),
+    CALL(syslog),       CALL(__syslog_chk), CALL(mi_rd_cmd), CALL(mi_wr_cmd),
+    CALL(mi_start_session), CALL(mi_pool_controller_init),
 };
 enum { CALLS = sizeof calls / sizeof *calls };
 

@@ -283,7 +283,7 @@ void milter_after_python(void)
     if (self == NULL || (atomic_load(&self->calls) & 1) == 0)
         return;
     atomic_fetch_add(&self->calls, 1);
-    if (!self->counts || !leads_now()) /* whoever has lost the lead was seen by the watcher */
+    if (!self->counts || !leads_now()) /* a lead that was lost was seen by the watcher */
         return;
     if (now() - self->entered > LONG && has_waited())
         expect_waiting();
@@ -293,17 +293,18 @@ void milter_after_python(void)
 
 /* ---- Sessions ----------------------------------------------------------------------------- */
 
-/* By whoever serves the session, whose turn is over: it rests, and epoll tells again if there is something. */
+/* By the thread that serves the session, whose turn is over: it rests, and epoll tells again if there is something. */
 static void watch_again(struct connection *connection)
 {
     struct epoll_event event = {NEWS, {.ptr = connection}};
 
     atomic_store(&connection->rests_since, now());
     atomic_store(&connection->turn, RESTS);
-    (void)epoll_ctl(news, EPOLL_CTL_MOD, connection->fd, &event); /* it fails if another thread has ended the session by now */
+    /* It fails if another thread has ended the session by now. */
+    (void)epoll_ctl(news, EPOLL_CTL_MOD, connection->fd, &event);
 }
 
-/* By whoever serves the session, after a step that goes on. */
+/* By the thread that serves the session, after a step that goes on. */
 static void rest(struct connection *connection)
 {
     int expected_turn = SERVED;

@@ -40,7 +40,7 @@ bool milter_goes_on(void);
  */
 bool milter_abandon(struct connection *connection);
 
-/* By whoever closes a connection: no thread waits for it any more. */
+/* By the thread that closes a connection: no thread waits for it any more. */
 void milter_unwatch(int fd);
 
 #endif
